@@ -1,0 +1,104 @@
+"""What every job's command line shares: presets, absolute paths, the printed config, status.json and the exit code."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from importlib import import_module
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+
+from raycap.errors import EXIT_FAILURE, EXIT_USER_MISTAKE, RaycapError
+
+C = TypeVar("C")
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+def run_job(name: str, presets: dict[str, Any], function: str, args: list[str] | None = None) -> NoReturn:
+    """Parses [PRESET] --flags over the presets' dataclass, calls `function` ("module:name") with it, and exits.
+
+    Exit codes: 0 done, 1 failed, 2 the command cannot work as given. They are also in <out>/status.json, because
+    `ray job submit` turns every failure into 1.
+    """
+    config = parse(name, presets, sys.argv[1:] if args is None else args)
+    out: str | None = None
+    try:
+        config = resolve(config)
+        out = getattr(config, "out", None)
+        _write_status(out, name, "running", None, None)
+        print(f"{name} " + json.dumps(asdict(config)), flush=True)
+        _load(function)(config)
+    except (RaycapError, ValueError) as error:
+        code = error.exit_code if isinstance(error, RaycapError) else EXIT_USER_MISTAKE
+        _fail(out, name, code, " ".join(str(error).split()))
+    except KeyboardInterrupt:
+        _fail(out, name, EXIT_INTERRUPTED, "interrupted; run the same command again to go on")
+    except Exception as error:
+        _try_write_status(out, name, "failed", EXIT_FAILURE, f"{type(error).__name__}: {error}")
+        raise
+    _write_status(out, name, "succeeded", 0, None)
+    _leave(0)
+
+
+def parse(name: str, presets: dict[str, C], args: list[str]) -> C:
+    """The preset named first in args (or the first of presets), with the flags behind it applied. Exits 2 on a wrong flag."""
+    preset = next(iter(presets))
+    if args and args[0] in presets:
+        preset, args = args[0], args[1:]
+    defaults = presets[preset]
+    title = f"{(type(defaults).__doc__ or '').strip()}"
+    if len(presets) > 1:
+        title += f"\n\nPresets: {', '.join(presets)}; this help shows the defaults of {preset}. Usage: {name}.py [PRESET] --flags"
+    try:
+        return tyro.cli(type(defaults), default=defaults, args=args, prog=f"jobs/{name}.py", description=title)
+    except ValueError as error:  # from the dataclass: values that do not go together
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_MISTAKE)
+
+
+def resolve(config: Any) -> Any:
+    """The config with absolute paths. Raises UserError for a relative path in a submitted job."""
+    from raycap.cluster import resolve_root
+
+    roots = {root: resolve_root(getattr(config, root), f"--{root.replace('_', '-')}") for root in type(config).ROOTS}
+    return replace(config, **roots)
+
+
+def _load(function: str) -> Callable[[Any], object]:
+    module, _, name = function.partition(":")
+    loaded: Callable[[Any], object] = getattr(import_module(module), name)
+    return loaded
+
+
+def _fail(out: str | None, name: str, code: int, message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    _try_write_status(out, name, "failed", code, message)
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process with Ray shut down first, so that nothing it started outlives it."""
+    if "ray" in sys.modules:
+        import ray
+
+        ray.shutdown()
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _try_write_status(out: str | None, name: str, state: str, code: int, message: str) -> None:
+    try:
+        _write_status(out, name, state, code, message)
+    except RaycapError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def _write_status(out: str | None, name: str, state: str, code: int | None, error: str | None) -> None:
+    if not out:
+        return
+    from raycap import storage
+
+    status = {"job": name, "state": state, "exit_code": code, "error": error, "pid": os.getpid()}
+    storage.put(storage.join(out, "status.json"), (json.dumps(status, indent=2) + "\n").encode())

@@ -1,0 +1,27 @@
+#!/usr/bin/env python
+"""COCO-format annotations and images -> WebDataset shards with a manifest. Without flags: the demo. Run again to resume."""
+
+from _job import run_job
+
+from raycap.config import DemoConfig, PrepareConfig
+
+
+def prepare(config: PrepareConfig) -> None:
+    """Packs the given data set, or makes and packs the demo's."""
+    from raycap.cluster import connect
+    from raycap.data.demo import ensure_demo
+    from raycap.data.prepare import prepare_shards
+
+    connect(num_cpus=2, need="packing shards")
+    if config.annotations:
+        manifest = prepare_shards(
+            config.annotations, config.images, config.out, samples_per_shard=config.samples_per_shard, seed=config.seed
+        )
+        print(f"{config.out} holds {manifest.num_samples} images in {len(manifest.shards)} shards")
+    else:
+        demo = ensure_demo(DemoConfig(out=config.out))
+        print(f"no --annotations: the demo's shards are {demo.train}, {demo.val} and {demo.test}")
+
+
+if __name__ == "__main__":
+    run_job("prepare_shards", {"coco": PrepareConfig()}, "__main__:prepare")

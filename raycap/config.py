@@ -1,0 +1,231 @@
+"""What a user sets: one frozen dataclass per job, its presets as constants. Standard library only, so that --help is instant.
+
+A field's docstring is its help text. `ROOTS` names the fields that hold a path or URL; the command line makes them absolute.
+Sizes that follow from others (accumulation, steps, micro steps) are derived where they are used, never asked.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "fp32", "bf16"]
+
+
+def default_root(name: str) -> str:
+    """`$RAYCAP_RUNS/<name>`, or `~/raycap-runs/<name>`."""
+    return str(Path(os.environ.get("RAYCAP_RUNS") or Path.home() / "raycap-runs") / name)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The whole demo on one machine: data set, shards, training, evaluation."""
+
+    ROOTS: ClassVar = ("out",)
+
+    out: str = default_root("demo")
+    """Folder everything is written below."""
+    num_train: int = 4000
+    """Images to train on."""
+    num_val: int = 200
+    """Images for validation loss and CIDEr while training; their pairs of objects are not in the training images."""
+    num_test: int = 400
+    """Images of the final evaluation; their pairs of objects are in neither of the other splits."""
+    epochs: int = 0
+    """Passes over the training images; 0 takes the preset's."""
+    seed: int = 0
+    """Seed of the scenes."""
+
+    def __post_init__(self) -> None:
+        _require(min(self.num_train, self.num_val, self.num_test) >= 2, "the demo needs at least 2 images in each split")
+        _require(self.epochs >= 0, f"--epochs must not be negative, got {self.epochs}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """COCO-format annotations and images -> WebDataset shards and manifest.parquet. Without flags: the demo data set."""
+
+    ROOTS: ClassVar = ("annotations", "images", "out")
+
+    annotations: str = ""
+    """COCO captions JSON, for example /data/coco/annotations/captions_train2017.json."""
+    images: str = ""
+    """Folder or s3:// root that the annotations' file names are below."""
+    out: str = default_root("demo")
+    """Folder or s3:// root for the shards. The same command again resumes; other data in it is refused."""
+    samples_per_shard: int = 1000
+    """Images in one tar; one task holds this many encoded images in memory."""
+    seed: int = 0
+    """Seed of the order in which images are packed, so that neighbours in a shard are strangers."""
+
+    def __post_init__(self) -> None:
+        _require(
+            bool(self.annotations) == bool(self.images), "--annotations and --images go together; without both the demo is made"
+        )
+        _require(
+            not self.annotations or self.out != default_root("demo"), "--annotations and --images need an --out of their own"
+        )
+        _require(self.samples_per_shard >= 1, f"--samples-per-shard must be at least 1, got {self.samples_per_shard}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Fine-tune or train BLIP on shards. The same command again resumes the run in --out."""
+
+    ROOTS: ClassVar = ("out", "train_shards", "val_shards")
+
+    # Data
+    train_shards: str = ""
+    """Folder or s3:// root with manifest.parquet, as jobs/prepare_shards.py writes it. Demo preset: made when missing."""
+    val_shards: str = ""
+    """The same for validation."""
+    out: str = default_root("demo")
+    """Output root: checkpoint/ (best by CIDEr), checkpoints/ (the last ones), metrics.jsonl, config.json, status.json."""
+
+    # Model
+    init_from: str = ""
+    """Start weights: a local folder or a hub name in Hugging Face's BLIP layout. Empty: from scratch."""
+    architecture: Literal["tiny", "base"] = "tiny"
+    """Size when starting from scratch: tiny (1.5 M parameters) or base (BLIP's ViT-B); both in patches of 16 pixels."""
+    tokenizer: str = ""
+    """Folder or hub name of the tokenizer when starting from scratch. Demo preset: trained on the demo's captions."""
+    image_size: int = 64
+    """Side of the square that images are resized to, in pixels; a multiple of the patch size."""
+    prompt: str = ""
+    """Text in front of every caption, in training (masked from the loss) and in generation."""
+    max_tokens: int = 32
+    """Longest caption in tokens, prompt and end included; longer ones are cut."""
+
+    # Optimisation
+    epochs: int = 10
+    """Passes over the training shards."""
+    global_batch_size: int = 64
+    """Images per optimizer step over all workers; each brings --captions-per-image captions."""
+    micro_batch_size: int = 32
+    """Images per forward pass of one worker; the number of passes per step follows."""
+    captions_per_image: int = 5
+    """Captions that share one vision pass; an image with more has them drawn by seed each epoch."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW; it falls to zero along a cosine."""
+    warmup_steps: int = 50
+    """Steps over which the learning rate rises linearly from zero."""
+    weight_decay: float = 0.05
+    """AdamW's weight decay, on matrices only."""
+    clip_norm: float = 1.0
+    """Largest gradient norm; 0 does not clip."""
+    label_smoothing: float = 0.0
+    """Share of the target probability spread over the vocabulary. BLIP's own recipe uses 0.1."""
+    seed: int = 0
+    """Seed of the weights, the sample order and dropout."""
+
+    # Cluster
+    num_workers: int = 2
+    """Training processes; with GPUs, one each."""
+    cpus_per_worker: int = 1
+    """Ray CPUs and torch threads of one training process."""
+    cpus_for_data: int = 1
+    """Ray CPUs that reading, decoding and tokenising may use, per training process."""
+    device: Device = "auto"
+    """auto takes GPUs when the cluster has one for each worker, else CPUs."""
+    dtype: Dtype = "auto"
+    """auto computes in bf16 on a GPU and in fp32 on a CPU; weights and loss are fp32 in both."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage: 1 shards optimizer state over workers, 2 gradients too, 3 parameters too."""
+    max_failures: int = 3
+    """How often the run restarts from its last checkpoint after losing a worker."""
+
+    # Watching
+    eval_every: int = 200
+    """Steps between evaluations (loss and CIDEr on --val-shards); also at the end."""
+    eval_images: int = 5000
+    """Images of an evaluation, the first of --val-shards."""
+    max_new_tokens: int = 24
+    """Longest generated caption in tokens, end token included."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; also at the end."""
+    keep_last: int = 2
+    """Checkpoints kept beside the best one."""
+    log_every: int = 10
+    """Steps between progress lines."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "image_size max_tokens epochs global_batch_size micro_batch_size captions_per_image num_workers cpus_per_worker "
+            "cpus_for_data eval_every eval_images max_new_tokens checkpoint_every keep_last log_every"
+        ).split():
+            _require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        for name in ("warmup_steps", "weight_decay", "clip_norm", "max_failures"):
+            _require(getattr(self, name) >= 0, f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
+        _require(self.lr > 0, f"--lr must be positive, got {self.lr}")
+        _require(0 <= self.label_smoothing < 1, f"--label-smoothing must be in [0, 1), got {self.label_smoothing}")
+        _require(
+            self.global_batch_size >= self.num_workers,
+            f"--global-batch-size {self.global_batch_size} gives {self.num_workers} workers less than one image each",
+        )
+        _require(
+            bool(self.train_shards) == bool(self.val_shards), "--train-shards and --val-shards go together; without both the demo"
+        )
+        _require(
+            not (self.init_from and self.tokenizer), "--tokenizer is for a start from scratch; --init-from brings its own"
+        )
+        _require(
+            bool(self.init_from or self.tokenizer or not self.train_shards),
+            "a start from scratch on --train-shards needs --tokenizer; or give --init-from",
+        )
+
+
+TRAIN_PRESETS: dict[str, TrainConfig] = {
+    "demo": TrainConfig(),
+    # BLIP's published fine-tuning (configs/caption_coco.yaml): 5 epochs, 1e-5, 384 px, batch 256, label smoothing 0.1.
+    "blip_base_coco": TrainConfig(
+        out=default_root("blip_base_coco"),
+        init_from="Salesforce/blip-image-captioning-base",
+        image_size=384,
+        prompt="a picture of ",
+        max_tokens=40,
+        epochs=5,
+        global_batch_size=256,
+        micro_batch_size=32,
+        captions_per_image=5,
+        lr=1e-5,
+        warmup_steps=0,
+        clip_norm=0.0,
+        label_smoothing=0.1,
+        num_workers=8,
+        cpus_for_data=8,
+        eval_every=1000,
+        checkpoint_every=500,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Checkpoint + split -> metrics.json and captions.json. Without flags: the demo's checkpoint on its test split."""
+
+    ROOTS: ClassVar = ("checkpoint", "shards", "out")
+
+    checkpoint: str = ""
+    """Checkpoint folder (with raycap.json), local or s3://. Empty: checkpoint/ of the demo."""
+    shards: str = ""
+    """Shards of the split, with manifest.parquet. Empty: the demo's test split."""
+    out: str = default_root("demo")
+    """Where metrics.json and captions.json go, local or s3://."""
+    micro_batch_size: int = 64
+    """Images per forward pass."""
+    concurrency: int = 1
+    """Captioner processes."""
+    device: Device = "auto"
+    """auto takes a GPU when the cluster has one for each process, else CPUs."""
+    max_images: int = 0
+    """Evaluate only the first so many images; 0 takes all."""
+
+    def __post_init__(self) -> None:
+        _require(min(self.micro_batch_size, self.concurrency) >= 1, "--micro-batch-size and --concurrency must be at least 1")
+        _require(self.max_images >= 0, f"--max-images must not be negative, got {self.max_images}")

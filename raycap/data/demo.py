@@ -1,0 +1,61 @@
+"""The demo data set as shards: made once below the demo's output root, found again by every job that runs without flags."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from raycap import storage
+from raycap.config import DemoConfig
+from raycap.data.prepare import prepare_shards
+from raycap.datasets.coco import read_coco
+from raycap.datasets.demo import write_demo
+from raycap.text import TextSpec, role_ids, save_tokenizer, train_wordpiece
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoShards:
+    """Roots of the demo's shards, and the folder of its tokenizer."""
+
+    train: str
+    val: str
+    test: str
+    tokenizer: str
+
+
+def demo_shards(out: str) -> DemoShards:
+    """Where the demo below `out` keeps its shards, whether or not they exist."""
+    roots = {split: storage.join(out, "shards", split) for split in SPLITS}
+    return DemoShards(tokenizer=storage.join(out, "data", "tokenizer"), **roots)
+
+
+def ensure_demo(config: DemoConfig | None = None, report: Callable[[str], None] = print) -> DemoShards:
+    """The demo's shards; images, tokenizer and shards that are missing are made first, and said so. Needs Ray."""
+    config = config or DemoConfig()
+    demo = demo_shards(config.out)
+    if all(storage.exists(storage.join(root, "manifest.parquet")) for root in (demo.train, demo.val, demo.test)):
+        return demo
+    data = storage.join(config.out, "data")
+    report(f"making the demo data set ({config.num_train} + {config.num_val} + {config.num_test} images) in {data}")
+    write_demo(
+        storage.join(data, "coco"),
+        num_train=config.num_train,
+        num_val=config.num_val,
+        num_test=config.num_test,
+        seed=config.seed,
+    )
+    for split in SPLITS:
+        annotations = storage.join(data, "coco", "annotations", f"captions_{split}.json")
+        images = storage.join(data, "coco", "images", split)
+        if split == "train":
+            _make_tokenizer(annotations, images, demo.tokenizer)
+        prepare_shards(annotations, images, storage.join(config.out, "shards", split), report=report)
+    return demo
+
+
+def _make_tokenizer(annotations: str, images: str, folder: str) -> None:
+    tokenizer = train_wordpiece(caption for sample in read_coco(annotations, images).samples for caption in sample.captions)
+    bos_id, eos_id, pad_id = role_ids(tokenizer)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_tokenizer(tokenizer, TextSpec(prompt="", bos_id=bos_id, eos_id=eos_id, pad_id=pad_id, max_tokens=512), folder)

@@ -1,0 +1,55 @@
+"""The exception tree and the closed set of error kinds. Owns no behaviour.
+
+A message is one sentence with four facts: what failed, the value, where, and what to do.
+"""
+
+from enum import StrEnum
+
+EXIT_FAILURE = 1
+EXIT_USER_MISTAKE = 2
+
+
+class ErrorKind(StrEnum):
+    """Why one image has no result. Training counts them, bulk output stores them, the server returns them."""
+
+    EMPTY = "empty"
+    NOT_AN_IMAGE = "not_an_image"
+    UNSUPPORTED_FORMAT = "unsupported_format"
+    UNSUPPORTED_MODE = "unsupported_mode"
+    TRUNCATED = "truncated"
+    CORRUPT = "corrupt"
+    TOO_MANY_BYTES = "too_many_bytes"
+    TOO_MANY_PIXELS = "too_many_pixels"
+    BAD_DIMENSIONS = "bad_dimensions"
+
+
+class RaycapError(Exception):
+    """Base of every error raycap raises on purpose. `exit_code` is what a job's process ends with."""
+
+    exit_code = EXIT_FAILURE
+
+
+class UserError(RaycapError):
+    """The command cannot work as it was given; nothing was written."""
+
+    exit_code = EXIT_USER_MISTAKE
+
+
+class StorageError(UserError):
+    """A path or URL does not hold, or does not accept, what was asked of it."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint folder is missing, incomplete, damaged, or of a kind that is not loaded."""
+
+
+class ImageError(RaycapError):
+    """One image cannot be decoded. Never ends a run."""
+
+    def __init__(self, kind: ErrorKind, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class TrainingError(RaycapError):
+    """Training cannot go on: a loss that is not finite, workers that died too often."""

@@ -1,0 +1,119 @@
+"""The nouns that rooms exchange. Owns their fields and Arrow schemas, no behaviour; imports nothing heavy."""
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleRef:
+    """A sample whose image has not been read yet: what a reader of a data set yields.
+
+    key: stable id of the image, its path below the images root without suffix. url: absolute path or URL of its file.
+    image_id: the id in the source's annotations (COCO's result format wants an int back), or None.
+    """
+
+    key: str
+    url: str
+    captions: tuple[str, ...]
+    image_id: int | str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One training row: key, encoded image bytes, reference captions. ext: the image's suffix without a dot."""
+
+    key: str
+    image: bytes
+    ext: str
+    captions: tuple[str, ...]
+    image_id: int | str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageSpec:
+    """How an image becomes pixel_values. Stored in the checkpoint, so that no door can differ.
+
+    size: side S in pixels; the image is resized to S x S without keeping its aspect (BLIP's `squash`), bicubic.
+    mean, std: per channel (R, G, B), applied on the model's device to pixels scaled to [0, 1].
+    """
+
+    size: int
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, as in BLIP's configuration
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> "ImageSpec":
+        return cls(size=int(d["size"]), mean=_triple(d["mean"]), std=_triple(d["std"]))
+
+
+def _triple(values: Any) -> tuple[float, float, float]:
+    r, g, b = (float(v) for v in values)
+    return r, g, b
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeSettings:
+    """How a caption is searched. max_new_tokens counts tokens after the prompt, the end token included."""
+
+    max_new_tokens: int = 20
+    min_new_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ValueError(
+                f"decode settings need 0 <= min_new_tokens <= max_new_tokens and max_new_tokens >= 1, got "
+                f"{self.min_new_tokens} and {self.max_new_tokens}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CaptionResult:
+    """The answer for one image. score: mean log-probability of the generated tokens. Either caption or error_kind is set."""
+
+    caption: str | None
+    score: float | None = None
+    candidates: tuple[tuple[str, float], ...] = ()
+    error_kind: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardIndex:
+    """One shard of a manifest.
+
+    shard: file name below the manifest's folder. etag: sha256 of its bytes, hex. keys: in file order.
+    offsets: byte offset of each sample's first tar header, plus the offset behind the last sample (num_samples + 1
+    values), so that a run of neighbours is one range read.
+    """
+
+    shard: str
+    num_bytes: int
+    etag: str
+    keys: tuple[str, ...]
+    offsets: tuple[int, ...]
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.keys)
+
+
+def manifest_schema() -> "pa.Schema":
+    """Arrow schema of manifest.parquet: one row per shard, see ShardIndex."""
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("shard", pa.string()),
+            ("num_samples", pa.int64()),
+            ("num_bytes", pa.int64()),
+            ("etag", pa.string()),
+            ("keys", pa.list_(pa.string())),
+            ("offsets", pa.list_(pa.int64())),
+        ]
+    )

@@ -1,0 +1,200 @@
+"""Captions as text and as token ids. Owns the cleaning, the roles of special tokens and the tokenizer's files.
+
+The ids of the roles come from a TextSpec, because a tokenizer cannot always be asked for them: BLIP's published folders
+hold BERT's plain vocabulary, whose [CLS] is not the decoder's first token; [DEC] and [ENC] are in the model's config
+alone. Only the `tokenizers` library is imported: transformers takes seconds, and tokenizer.json is enough.
+
+A row is "[DEC] prompt caption [SEP]". Shapes: N rows, L tokens.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from raycap import storage
+from raycap.errors import CheckpointError, StorageError
+
+PAD, UNK, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
+DEC, ENC = "[DEC]", "[ENC]"  # BLIP's first tokens of a caption to generate and of a caption to match with an image
+IGNORED = -100  # a label that no loss counts (torch's and Hugging Face's convention)
+
+_BLIP_REMOVED = re.compile(r"[.!\"()*#:;~]")  # salesforce/BLIP, data/utils.py, pre_caption
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextSpec:
+    """How a caption becomes token ids. Stored in the checkpoint.
+
+    prompt: put before every caption, in training and in generation. max_tokens: longest row, everything included.
+    """
+
+    prompt: str
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    max_tokens: int
+
+
+def clean_caption(text: str, max_words: int | None = 30) -> str:
+    """The caption as BLIP trains on it: lower case, the characters .!"()*#:;~ and repeated whitespace as one space, at
+    most max_words words. A clean caption stays as it is.
+    """
+    return " ".join(_BLIP_REMOVED.sub(" ", text.lower()).split()[:max_words])
+
+
+def train_wordpiece(captions: Iterable[str], max_words: int = 30_000) -> Tokenizer:
+    """A WordPiece tokenizer whose vocabulary is the max_words most frequent words of the cleaned captions, and every
+    character of them, so that other words of the same alphabet are spelled.
+
+    It splits text as bert-base-uncased does. Ids: [PAD] = 0, [UNK], [CLS], [SEP], [MASK], characters, words, and [DEC]
+    and [ENC] last, where BLIP has them. The library's own trainer is not used: it gives other pieces and other ids in
+    every process, as it goes through a hash map with a random seed.
+    """
+    normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    counts = Counter(
+        word
+        for caption in captions
+        for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(clean_caption(caption, None)))
+    )
+    characters = sorted({character for word in counts for character in word})
+    words = sorted(counts, key=lambda word: (-counts[word], word))[:max_words]
+    pieces = [PAD, UNK, CLS, SEP, MASK, *characters, *(f"##{c}" for c in characters), *words, DEC, ENC]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token=UNK))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.decoder = decoders.WordPiece(cleanup=True)
+    # tokenize() does without it; it is what others who load the folder expect of a BERT tokenizer.
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{CLS} $A {SEP}",
+        pair=f"{CLS} $A {SEP} $B:1 {SEP}:1",
+        special_tokens=[(CLS, vocab[CLS]), (SEP, vocab[SEP])],
+    )
+    tokenizer.add_special_tokens([PAD, UNK, CLS, SEP, MASK, DEC, ENC])
+    return tokenizer
+
+
+def role_ids(tokenizer: Tokenizer) -> tuple[int, int, int]:
+    """(bos_id, eos_id, pad_id) by name: [DEC], [SEP], [PAD]. Raises CheckpointError if a name is missing."""
+    bos_id, eos_id, pad_id = (tokenizer.token_to_id(token) for token in (DEC, SEP, PAD))
+    if bos_id is None or eos_id is None or pad_id is None:
+        missing = [token for token in (DEC, SEP, PAD) if tokenizer.token_to_id(token) is None]
+        raise CheckpointError(
+            f"the tokenizer has no {' and no '.join(missing)} among its {tokenizer.get_vocab_size()} tokens; a model "
+            f"trained from scratch needs [DEC], [SEP] and [PAD], so pass a tokenizer made by train_wordpiece"
+        )
+    return bos_id, eos_id, pad_id
+
+
+def text_spec(tokenizer: Tokenizer, *, prompt: str = "", max_tokens: int = 40) -> TextSpec:
+    """The spec of a tokenizer whose roles have names, see role_ids. max_tokens: BLIP's (models/blip.py, forward)."""
+    bos_id, eos_id, pad_id = role_ids(tokenizer)
+    return TextSpec(prompt=prompt, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id, max_tokens=max_tokens)
+
+
+def prompt_ids(tokenizer: Tokenizer, spec: TextSpec) -> list[int]:
+    """[DEC] and the prompt: what generation starts from."""
+    return [spec.bos_id, *_encode(tokenizer, spec.prompt)]
+
+
+def tokenize(tokenizer: Tokenizer, spec: TextSpec, captions: Sequence[str]) -> list[list[int]]:
+    """One row a caption, cleaned first: [DEC] prompt caption [SEP].
+
+    A long caption loses its last tokens, never [SEP]: max_tokens counts all four parts, as in BLIP. Raises ValueError
+    if the prompt leaves no room.
+    """
+    start = prompt_ids(tokenizer, spec)
+    room = spec.max_tokens - len(start) - 1
+    if room < 1:
+        raise ValueError(
+            f"max_tokens={spec.max_tokens} leaves no room for a caption: the first token, the prompt {spec.prompt!r} "
+            f"and the end token take {len(start) + 1}; raise max_tokens or shorten the prompt"
+        )
+    return [[*start, *_encode(tokenizer, clean_caption(caption))[:room], spec.eos_id] for caption in captions]
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    # One text at a time: encode_batch starts threads, and every training worker already has its cores.
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def collate(
+    rows: Sequence[Sequence[int]], spec: TextSpec, num_prompt_tokens: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(input_ids, labels), both (N, L), padded on the right to the longest row.
+
+    num_prompt_tokens: len(prompt_ids(...)). labels are input_ids, not shifted (as in Hugging Face), and IGNORED on the
+    prompt and the padding.
+    """
+    input_ids = np.full((len(rows), max(map(len, rows), default=0)), spec.pad_id, np.int64)
+    labels = np.full_like(input_ids, IGNORED)
+    for n, row in enumerate(rows):
+        input_ids[n, : len(row)] = row
+        labels[n, num_prompt_tokens : len(row)] = row[num_prompt_tokens:]
+    return input_ids, labels
+
+
+def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of generated ids, without special tokens and without ids that the tokenizer does not name."""
+    text: str = tokenizer.decode(list(ids), skip_special_tokens=True)
+    return text.strip()
+
+
+def save_tokenizer(tokenizer: Tokenizer, spec: TextSpec, folder: str) -> None:
+    """Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json and vocab.txt into a local folder.
+
+    transformers loads it with equal ids (AutoTokenizer, BertTokenizer); tokenizer.json alone is what raycap reads.
+    """
+    roles = {"unk_token": UNK, "sep_token": SEP, "cls_token": CLS, "mask_token": MASK}
+    for role, token_id in (("bos_token", spec.bos_id), ("eos_token", spec.eos_id), ("pad_token", spec.pad_id)):
+        if (token := tokenizer.id_to_token(token_id)) is not None:  # BLIP's published tokenizers do not name [DEC]
+            roles[role] = token
+    special = {**roles, "additional_special_tokens": [ENC] if tokenizer.token_to_id(ENC) is not None else []}
+    config = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512, **special}
+    vocab = tokenizer.get_vocab(with_added_tokens=True)
+    for name, content in (
+        ("tokenizer.json", tokenizer.to_str(pretty=True)),
+        ("tokenizer_config.json", json.dumps(config, indent=2)),
+        ("special_tokens_map.json", json.dumps(special, indent=2)),
+        ("vocab.txt", "\n".join(sorted(vocab, key=vocab.__getitem__))),
+    ):
+        (Path(folder) / name).write_text(content + "\n", encoding="utf-8")
+
+
+def load_tokenizer(source: str) -> Tokenizer:
+    """The tokenizer of a folder in transformers' layout (path or s3:// URL) or of a model on the Hugging Face Hub.
+
+    Raises CheckpointError if there is no tokenizer.json or it cannot be read.
+    """
+    if storage.is_url(source) or Path(source).is_absolute() or Path(source).is_dir():
+        folder = source if storage.is_url(source) else str(Path(source).absolute())
+        try:
+            return _parse(storage.read_bytes(storage.join(folder, "tokenizer.json")), source)
+        except StorageError as e:
+            raise CheckpointError(f"cannot load the tokenizer of '{source}': {e}") from e
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return _parse(Path(hf_hub_download(source, "tokenizer.json")).read_bytes(), source)
+    except (OSError, ValueError) as e:  # no network, no such name, or no valid name: its errors derive from these
+        raise CheckpointError(
+            f"cannot load the tokenizer '{source}' from the Hugging Face Hub: {str(e).partition(chr(10))[0]}; pass the "
+            f"absolute path of a folder with tokenizer.json"
+        ) from e
+
+
+def _parse(data: bytes, source: str) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(data.decode())
+    except Exception as e:  # the library raises bare Exception
+        raise CheckpointError(
+            f"cannot load the tokenizer of '{source}': tokenizer.json is damaged ({e}); write that folder again"
+        ) from e

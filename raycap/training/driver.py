@@ -1,0 +1,150 @@
+"""The training job on the driver: checks everything that can be checked at once, then lets Ray Train run the workers."""
+
+import json
+import os
+import time
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import ray
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from raycap import cluster, storage
+from raycap.config import TrainConfig
+from raycap.data.demo import ensure_demo
+from raycap.errors import TrainingError, UserError
+from raycap.shards import read_manifest
+from raycap.training.start import build_start
+from raycap.training.watch import Board, Display
+from raycap.training.worker import build_plan, train_worker
+
+# May differ when a run is resumed: they do not change what is computed.
+FREE_FIELDS = ("cpus_per_worker", "cpus_for_data", "max_failures", "keep_last", "log_every", "checkpoint_every", "micro_batch_size")
+
+
+def train_blip(config: TrainConfig) -> None:
+    """Trains to the end, resuming what is in config.out. Raises UserError before anything ran, TrainingError after."""
+    config = _with_demo(config)
+    train_manifest, val_manifest = read_manifest(config.train_shards), read_manifest(config.val_shards)
+    plan = build_plan(config, train_manifest)
+    num_steps = plan.steps_per_epoch * config.epochs
+    if _finished(config):
+        print(f"this run is finished ({num_steps} steps): its checkpoint is {config.out}/checkpoint; for another run choose another --out")
+        return
+    build_start(config)  # a wrong folder or size is found here, not by every worker
+
+    use_gpu = _connect(config)
+    storage.put(storage.join(config.out, "config.json"), (json.dumps(asdict(config), indent=2) + "\n").encode())
+    print(
+        f"training on {train_manifest.num_samples} images ({plan.num_dropped} dropped at each epoch's end), validating on "
+        f"{min(config.eval_images, val_manifest.num_samples)}; {num_steps} steps with {config.num_workers} workers on "
+        f"{'GPUs' if use_gpu else 'CPUs'}, ZeRO stage {config.zero_stage}",
+        flush=True,
+    )
+    begun = time.perf_counter()
+    board = Board.remote()
+    with Display(board, num_steps) as display:
+        try:
+            _trainer(config, board, use_gpu).fit()
+        except ray.train.TrainingFailedError as error:
+            message = ray.get(board.error.remote()) or _cause(error)
+            raise TrainingError(message) from error
+    if message := ray.get(board.error.remote()):
+        raise TrainingError(message)
+    _write_report(config, display, num_steps, plan.num_dropped, time.perf_counter() - begun)
+
+
+def _with_demo(config: TrainConfig) -> TrainConfig:
+    """The config with the demo's shards and tokenizer where none are given; makes them if they are missing."""
+    if config.train_shards:
+        return config
+    cluster.connect(num_cpus=_num_cpus(config), need=_need(config))
+    demo = ensure_demo()
+    return replace(config, train_shards=demo.train, val_shards=demo.val, tokenizer=config.tokenizer or demo.tokenizer)
+
+
+def _num_cpus(config: TrainConfig) -> int:
+    return config.num_workers * (config.cpus_per_worker + config.cpus_for_data)
+
+
+def _need(config: TrainConfig) -> str:
+    return (
+        f"--num-workers {config.num_workers} x (--cpus-per-worker {config.cpus_per_worker} + --cpus-for-data "
+        f"{config.cpus_for_data})"
+    )
+
+
+def _connect(config: TrainConfig) -> bool:
+    """Connects, checks capacity and storage. Whether the workers use GPUs."""
+    cluster.connect(num_cpus=_num_cpus(config), num_gpus=config.num_workers if config.device == "cuda" else 0, need=_need(config))
+    cluster.check_shared(config.out)
+    return config.device == "cuda" or (config.device == "auto" and cluster.num_gpus() >= config.num_workers)
+
+
+def _trainer(config: TrainConfig, board: Any, use_gpu: bool) -> TorchTrainer:
+    return TorchTrainer(
+        partial(train_worker, board=board),
+        train_loop_config={"config": asdict(config)},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=config.num_workers, use_gpu=use_gpu, resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
+        ),
+        run_config=RunConfig(
+            name="state",
+            storage_path=config.out,
+            storage_filesystem=_s3_filesystem() if storage.is_url(config.out) else None,
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            # Ray's default would try again for ever what the cluster cannot schedule.
+            failure_config=FailureConfig(max_failures=config.max_failures, controller_failure_limit=0),
+        ),
+    )
+
+
+def _finished(config: TrainConfig) -> bool:
+    """Whether config.out holds this run, finished. Raises UserError if it holds another run."""
+    url = storage.join(config.out, "config.json")
+    if not storage.exists(url):
+        return False
+    before, now = json.loads(storage.read_bytes(url)), asdict(config)
+    differ = [name for name in now if name not in FREE_FIELDS and now[name] != before.get(name)]
+    if differ:
+        changes = ", ".join(f"{name} {before.get(name)!r} -> {now[name]!r}" for name in differ)
+        raise UserError(f"--out {config.out!r} holds a run with other settings ({changes}); repeat its command, or choose another --out")
+    return storage.exists(storage.join(config.out, "train.json"))
+
+
+def _write_report(config: TrainConfig, display: Display, num_steps: int, num_dropped: int, wall_s: float) -> None:
+    position = display.finished
+    report = {
+        "num_steps": num_steps,
+        "best_step": position["best_step"],
+        "best_cider": position["best_cider"],
+        "skipped_by_kind": position["skipped"],
+        "skipped_keys": position["skipped_keys"],
+        "resumed_from": display.resumed_from,
+        "num_dropped_per_epoch": num_dropped,
+        "wall_s": round(wall_s, 1),
+    }
+    storage.put(storage.join(config.out, "train.json"), (json.dumps(report, indent=2) + "\n").encode())
+    print(
+        f"trained {num_steps} steps in {wall_s:.0f} s; best CIDEr {position['best_cider']:.3f} at step {position['best_step']}; skipped "
+        f"images: {position['skipped'] or 'none'}; checkpoint: {config.out}/checkpoint",
+        flush=True,
+    )
+
+
+def _s3_filesystem() -> Any:
+    """Ray Train's view of S3, with the endpoint that the rest of raycap takes from the environment."""
+    from pyarrow.fs import S3FileSystem
+
+    return S3FileSystem(endpoint_override=os.environ.get("AWS_ENDPOINT_URL"))
+
+
+def _cause(error: BaseException) -> str:
+    """One sentence of Ray Train's nested errors: the deepest cause's last line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    last = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+    return f"training stopped: {last}; run the same command again to go on from the last checkpoint"

@@ -1,0 +1,173 @@
+"""One Ray Train worker: sets up model, engine and stream, resumes from the last checkpoint, and runs the loop."""
+
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.actor import ActorHandle
+
+from raycap import storage
+from raycap.captioner import Captioner
+from raycap.checkpoint import CheckpointSpec, save_checkpoint
+from raycap.config import TrainConfig
+from raycap.data.batch import Batch, InOrder, Source
+from raycap.data.stream import iterate
+from raycap.errors import RaycapError, TrainingError
+from raycap.order import Plan, rows_per_rank
+from raycap.shards import Manifest, read_manifest
+from raycap.training.engine import DeepSpeedEngine, Engine
+from raycap.training.loop import Metrics, Position, train
+from raycap.training.start import build_start
+from raycap.training.validate import Validator
+from raycap.training.watch import MetricsFile
+
+STATE_FILE = "position.json"
+
+
+def train_worker(settings: dict[str, Any], board: ActorHandle) -> None:
+    """Ray Train's function per worker. settings: {"config": fields of TrainConfig}. Returns early once the run has failed."""
+    if ray.get(board.error.remote()):
+        return  # restarted after an error that a restart does not mend: end, so that the driver can say it
+    try:
+        _run(TrainConfig(**settings["config"]), board)
+    except TrainingError as error:  # every rank raises it alike
+        ray.get(board.fail.remote(str(error)))
+    except RaycapError as error:
+        ray.get(board.fail.remote(str(error)))
+        raise  # the other ranks may be waiting for this one
+
+
+def build_plan(config: TrainConfig, manifest: Manifest) -> Plan:
+    """The order of the run: a function of seed, manifest and global batch size alone."""
+    sizes = tuple(shard.num_samples for shard in manifest.shards)
+    return Plan(shard_sizes=sizes, global_batch_size=config.global_batch_size, seed=config.seed)
+
+
+def _run(config: TrainConfig, board: ActorHandle) -> None:
+    torch.set_num_threads(config.cpus_per_worker)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's use, not ours
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    spec, model = build_start(config)
+    num_micro_steps = -(-rows_per_rank(config.global_batch_size, world) // config.micro_batch_size)
+    engine = DeepSpeedEngine(model, config, device, num_micro_steps)
+    position = _resume(engine)
+    if rank == 0 and position.step:
+        board.post.remote({"resumed_from": position.step})
+
+    train_manifest, val_manifest = read_manifest(config.train_shards), read_manifest(config.val_shards)
+    plan = build_plan(config, train_manifest)
+    num_steps = plan.steps_per_epoch * config.epochs
+    num_val = min(config.eval_images, val_manifest.num_samples)
+    val_order = InOrder(num_samples=num_val, global_batch_size=config.micro_batch_size * world)
+
+    def stream(order: Plan | InOrder, manifest: Manifest, start: int, stop: int) -> Iterator[Batch]:
+        source = Source(
+            manifest=manifest,
+            image=spec.image,
+            text=spec.text,
+            tokenizer=spec.tokenizer.to_str(),
+            captions_per_image=config.captions_per_image,
+            seed=config.seed,
+        )
+        return iterate(order, rank, world, source=source, start=start, stop=stop, num_cpus=config.cpus_for_data)
+
+    metrics_file = MetricsFile(config.out, position.step) if rank == 0 else None
+    saver = _Saver(engine, config, spec, train_manifest.fingerprint, metrics_file)
+    validator = Validator(engine, Captioner(model, spec, device), config.micro_batch_size)
+
+    def log(record: Metrics) -> None:
+        if metrics_file:
+            metrics_file.append(record)
+            board.post.remote(record)
+
+    train(
+        engine,
+        stream(plan, train_manifest, position.step, num_steps),
+        config=config,
+        image=spec.image,
+        position=position,
+        num_steps=num_steps,
+        evaluate=lambda step: validator.evaluate(stream(val_order, val_manifest, 0, val_order.num_steps)),  # noqa: ARG005
+        save=saver.save,
+        save_best=saver.save_best,
+        log=log,
+    )
+    if rank == 0:
+        ray.get(board.post.remote({"finished": True, **asdict(position)}))
+
+
+def _resume(engine: Engine) -> Position:
+    """The position of the last checkpoint, with weights and optimizer state loaded; the beginning if there is none."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return Position()
+    with checkpoint.as_directory() as name:
+        engine.load_state(Path(name))
+        return Position(**json.loads((Path(name) / STATE_FILE).read_text()))
+
+
+class _Saver:
+    """Writes what a run leaves behind: the sharded state to resume from, the last checkpoints, and the best one."""
+
+    def __init__(
+        self, engine: Engine, config: TrainConfig, spec: CheckpointSpec, data: str, metrics_file: MetricsFile | None
+    ) -> None:
+        self._engine = engine
+        self._config = config
+        self._spec = spec
+        self._data = data
+        self._metrics_file = metrics_file
+        self._last_metrics: Metrics = {}
+
+    def save(self, position: Position) -> None:
+        """checkpoints/step-N, then the state that makes the run resume from here; in this order, so that both exist."""
+        root = storage.join(self._config.out, "checkpoints")
+        self._write(storage.join(root, f"step-{position.step:08d}"), position)
+        if self._engine.rank == 0:
+            _prune(root, self._config.keep_last)
+        if self._metrics_file:
+            self._metrics_file.flush()
+        with tempfile.TemporaryDirectory(prefix="raycap-state-") as name:
+            self._engine.save_state(Path(name))
+            if self._engine.rank == 0:
+                (Path(name) / STATE_FILE).write_text(json.dumps(asdict(position)))
+            checkpoint = ray.train.Checkpoint.from_directory(name)
+            ray.train.report({"step": position.step}, checkpoint=checkpoint)
+
+    def save_best(self, position: Position, metrics: Metrics) -> None:
+        self._last_metrics = {k: v for k, v in metrics.items() if isinstance(v, float)}
+        self._write(storage.join(self._config.out, "checkpoint"), position)
+
+    def _write(self, root: str, position: Position) -> None:
+        weights = self._engine.weights()
+        if self._engine.rank == 0:
+            info = {
+                "step": position.step,
+                "metrics": self._last_metrics,
+                "config": asdict(self._config),
+                "data_fingerprint": self._data,
+            }
+            save_checkpoint(root, weights, self._spec, info)
+
+
+def _prune(root: str, keep: int) -> None:
+    """Removes all but the newest step folders."""
+    folders = sorted({name.split("/")[0] for name in storage.list_files(root) if name.startswith("step-")})
+    for folder in folders[:-keep]:
+        target = storage.join(root, folder)
+        if storage.is_url(root):
+            for name in storage.list_files(target):
+                storage.remove(storage.join(target, name))
+        else:
+            shutil.rmtree(target, ignore_errors=True)

@@ -1,0 +1,78 @@
+"""Output that must exist exactly once: units with fixed names, created once, then a marker written last.
+
+Owns the protocol that shards, feature caches, bulk captions and filtered sets share; not what a unit holds.
+
+1. claim   the run's plan is created first; a run with another plan is refused
+2. commit  each unit is created under a name that follows from the plan alone, so no second copy can exist
+3. done    a run that starts again lists the units there are and makes the others
+4. seal    when all units exist, the marker says so; readers trust a folder only by its marker
+
+Nothing here depends on a clock, a lease or on which process ran what: two runs at once, or a worker that outlives its
+driver, make the same bytes under the same names, and one of them wins.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from raycap import storage
+from raycap.errors import StorageError
+
+
+def claim(url: str, plan: dict[str, Any]) -> None:
+    """Create the plan file, or accept an equal one. plan: flat, JSON values.
+
+    Raises StorageError naming the values that differ if the output was begun with another plan.
+    """
+    data = (json.dumps(plan, indent=1, sort_keys=True) + "\n").encode()
+    if storage.put_new(url, data):
+        return
+    found = storage.read_bytes(url)
+    if found == data:
+        return
+    try:
+        begun = json.loads(found)
+        names = sorted(name for name in begun.keys() | plan.keys() if begun.get(name) != plan.get(name))
+    except (ValueError, AttributeError):
+        raise StorageError(f"{url!r} is not the plan of an output of raycap; choose another --out") from None
+    there = ", ".join(f"{name}={begun.get(name)!r}" for name in names)
+    here = ", ".join(f"{name}={plan.get(name)!r}" for name in names)
+    raise StorageError(
+        f"cannot continue the output of {url!r}: it was begun with {there} and this command has {here}; "
+        f"repeat the first command or choose another --out"
+    )
+
+
+def commit(url: str, data: bytes) -> bool:
+    """Create the unit: True if this call did, False if it was there with the same bytes.
+
+    So a unit made twice, by a retry or by another run of the same plan, is fine. Raises StorageError if the unit exists
+    with other bytes.
+    """
+    if storage.put_new(url, data):
+        return True
+    found = storage.read_bytes(url)
+    if found == data:
+        return False
+    folder, _, name = url.rpartition("/")
+    raise StorageError(
+        f"cannot commit unit {name!r}: {folder!r} holds another run's {name!r} ({_describe(found)}, not "
+        f"{_describe(data)}); choose another --out"
+    )
+
+
+def done(root: str, suffix: str) -> set[str]:
+    """Names of the units below root, without suffix: the files that end with it. Empty if root does not exist yet."""
+    if not storage.is_url(root) and not Path(root).exists():
+        return set()
+    return {name[: -len(suffix)] for name in storage.list_files(root) if name.endswith(suffix)}
+
+
+def seal(root: str, name: str, data: bytes) -> None:
+    """Create the marker `name` in root. To be called when every unit exists. Refused like commit."""
+    commit(storage.join(root, name), data)
+
+
+def _describe(data: bytes) -> str:
+    return f"{len(data)} bytes, sha256 {hashlib.sha256(data).hexdigest()[:12]}"

@@ -1,0 +1,286 @@
+"""Training through Ray Train and DeepSpeed: exact against plain PyTorch, exact after a kill, clear when it cannot go on."""
+
+import json
+import threading
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from conftest import Demo
+
+from raycap.captioner import Captioner
+from raycap.config import TrainConfig
+from raycap.data.batch import Source, iterate_local
+from raycap.errors import TrainingError, UserError
+from raycap.image import normalize
+from raycap.order import Plan
+from raycap.shards import read_manifest
+from raycap.training.driver import train_blip
+from raycap.training.engine import DeepSpeedEngine, avoid_compilers_on_cpu
+from raycap.training.loop import Position, learning_rate, train
+from raycap.training.start import build_start
+
+pytestmark = pytest.mark.ray
+STEPS = 20
+
+
+@pytest.fixture
+def config(demo: Demo, tmp_path: Path) -> TrainConfig:
+    return small_run(demo, str(tmp_path / "run"))
+
+
+def small_run(demo: Demo, out: str) -> TrainConfig:
+    """A run of seconds: 96 images, 12 to a step, 8 steps an epoch, two micro steps on each of two workers."""
+    return TrainConfig(
+        train_shards=demo.train,
+        val_shards=demo.val,
+        tokenizer=demo.tokenizer,
+        out=out,
+        image_size=32,
+        max_tokens=20,
+        max_new_tokens=6,
+        epochs=3,
+        global_batch_size=12,
+        micro_batch_size=3,
+        captions_per_image=2,
+        lr=3e-3,
+        warmup_steps=3,
+        eval_every=12,
+        checkpoint_every=4,
+        log_every=1,
+    )
+
+
+def inputs(config: TrainConfig) -> tuple[Plan, Source, Any, Any]:
+    spec, model = build_start(config)
+    manifest = read_manifest(config.train_shards)
+    sizes = tuple(shard.num_samples for shard in manifest.shards)
+    plan = Plan(shard_sizes=sizes, global_batch_size=config.global_batch_size, seed=config.seed)
+    source = Source(
+        manifest=manifest,
+        image=spec.image,
+        text=spec.text,
+        tokenizer=spec.tokenizer.to_str(),
+        captions_per_image=config.captions_per_image,
+        seed=config.seed,
+    )
+    return plan, source, spec, model
+
+
+def plain_losses(config: TrainConfig) -> list[float]:
+    """The same model on the same global batches, in a plain PyTorch loop that shares nothing else with ours."""
+    plan, source, spec, model = inputs(config)
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups)
+    losses = []
+    for batch in iterate_local(plan, source, 0, STEPS):
+        labels = torch.tensor(batch.labels).flatten(0, 1)
+        pixel_values = normalize(torch.tensor(batch.pixel_values), spec.image)
+        loss_sum, _ = model(pixel_values, torch.tensor(batch.input_ids).flatten(0, 1), labels)
+        loss = loss_sum / (labels[:, 1:] != -100).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, batch.step, STEPS)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def _train_under_every_stage(settings: dict[str, Any]) -> None:
+    """Runs in each worker: the same first steps under ZeRO 0 to 3 in one worker group; rank 0 writes down what it saw."""
+    import ray.train
+
+    torch.set_num_threads(1)
+    context = ray.train.get_context()
+    results: dict[int, Any] = {}
+    for stage in (0, 1, 2, 3):
+        config = replace(TrainConfig(**settings["config"]), zero_stage=stage, eval_every=10**6, checkpoint_every=10**6)
+        plan, source, spec, model = inputs(config)
+        num_parameters = sum(p.numel() for p in model.parameters())
+        engine = DeepSpeedEngine(model, config, torch.device("cpu"), num_micro_steps=2)
+        records: list[dict[str, Any]] = []
+        train(
+            engine,
+            iterate_local(plan, source, 0, STEPS, context.get_world_rank(), context.get_world_size()),
+            config=config,
+            image=spec.image,
+            position=Position(),
+            num_steps=STEPS,
+            evaluate=lambda step: {"cider": 0.0},  # noqa: ARG005
+            save=lambda position: None,  # noqa: ARG005
+            save_best=lambda position, metrics: None,  # noqa: ARG005
+            log=records.append,
+        )
+        num_weights = sum(w.numel() for w in engine.weights().values())
+        shares = engine.gather(_num_moments(engine.engine.optimizer))
+        if engine.rank == 0:
+            results[stage] = {
+                "stage": engine.engine.zero_optimization_stage(),
+                "optimizer": type(engine.engine.optimizer).__name__,
+                "losses": [record["loss"] for record in records if "loss" in record],
+                "digests": [record["batch_digest"] for record in records if "loss" in record],
+                "moments_of_ranks": shares,
+                "num_parameters": num_parameters,
+                "num_weights": num_weights,
+            }
+        del engine, model
+    if context.get_world_rank() == 0:
+        Path(settings["result"]).write_text(json.dumps(results))
+    ray.train.report({})
+
+
+def _num_moments(optimizer: Any) -> int:
+    """Elements of Adam's first moment that this rank holds."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return sum(state["exp_avg"].numel() for state in optimizer.state.values())
+
+
+def test_two_workers_under_every_zero_stage_lose_what_a_plain_pytorch_loop_loses(
+    ray_cluster: str, config: TrainConfig, tmp_path: Path
+) -> None:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    result = tmp_path / "result.json"
+    TorchTrainer(
+        _train_under_every_stage,
+        train_loop_config={"config": asdict(config), "result": str(result)},
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ScalingConfig(num_workers=2),
+        run_config=RunConfig(
+            name="stages", storage_path=str(tmp_path), failure_config=FailureConfig(controller_failure_limit=0)
+        ),
+    ).fit()
+    expected = plain_losses(config)
+    results = json.loads(result.read_text())
+    assert len(expected) == STEPS
+    assert expected[-1] < 0.7 * expected[0]
+    for stage in (0, 1, 2, 3):
+        seen = results[str(stage)]
+        assert seen["stage"] == stage
+        assert seen["losses"] == pytest.approx(expected, abs=1e-5)
+        assert seen["digests"] == results["0"]["digests"]
+        # What ZeRO is for: each of two ranks holds the whole of Adam's state without it, about half from stage 1 on.
+        whole = seen["num_parameters"]
+        for share in seen["moments_of_ranks"]:
+            assert share == whole if stage == 0 else whole / 2 <= share <= whole / 2 + 10_000
+        assert seen["num_weights"] == results["0"]["num_weights"]
+    assert "ZeRO" in results["3"]["optimizer"] or "Stage3" in results["3"]["optimizer"]
+
+
+def records_of(out: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(out: str) -> list[tuple[int, int, float]]:
+    """(step, digest of the batch's keys, loss) of every step."""
+    return [(r["step"], r["batch_digest"], r["loss"]) for r in records_of(out) if "loss" in r]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(demo: Demo, ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """A run to its end."""
+    config = small_run(demo, str(tmp_path_factory.mktemp("undisturbed") / "run"))
+    train_blip(config)
+    return config
+
+
+def test_a_run_leaves_a_verified_checkpoint_the_last_ones_and_a_report(undisturbed: TrainConfig) -> None:
+    out = Path(undisturbed.out)
+    report = json.loads((out / "train.json").read_text())
+    assert report["num_steps"] == 24
+    assert [step for step, *_ in curve(undisturbed.out)] == list(range(1, 25))
+    evaluations = [r for r in records_of(undisturbed.out) if "cider" in r]
+    assert [r["step"] for r in evaluations] == [12, 24]
+    assert all(len(r["samples"]) == 4 and r["num_val_images"] == 12 for r in evaluations)
+    assert [s["key"] for s in evaluations[0]["samples"]] == [s["key"] for s in evaluations[1]["samples"]]
+    assert report["best_cider"] == max(r["cider"] for r in evaluations)
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-00000020", "step-00000024"]
+    best = Captioner.load(str(out / "checkpoint"))
+    assert best.spec.info["step"] == report["best_step"]
+    assert best.spec.info["metrics"]["cider"] == report["best_cider"]
+    assert best.spec.info["config"]["global_batch_size"] == 12
+
+
+def test_the_same_command_on_a_finished_run_says_so_and_another_one_is_refused(
+    undisturbed: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_blip(undisturbed)
+    assert "finished" in capsys.readouterr().out
+    with pytest.raises(UserError, match="seed 0 -> 1"):
+        train_blip(replace(undisturbed, seed=1))
+
+
+def test_a_run_that_lost_a_worker_sees_the_same_batches_and_losses_as_the_undisturbed_one(
+    undisturbed: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed = replace(undisturbed, out=str(tmp_path / "killed"))
+    assassin = threading.Thread(target=_kill_a_worker_at, args=(killed.out, 10))
+    assassin.start()
+    train_blip(killed)
+    assassin.join()
+    assert json.loads((Path(killed.out) / "train.json").read_text())["resumed_from"] == [8]
+    assert "resuming from step 8" in capsys.readouterr().out
+    expected = curve(undisturbed.out)
+    seen = curve(killed.out)
+    assert [(step, digest) for step, digest, _ in seen] == [(step, digest) for step, digest, _ in expected]
+    assert [loss for *_, loss in seen] == pytest.approx([loss for *_, loss in expected], rel=1e-6)
+    assert Captioner.load(f"{killed.out}/checkpoint").spec.info["metrics"] == pytest.approx(
+        Captioner.load(f"{undisturbed.out}/checkpoint").spec.info["metrics"], rel=1e-6
+    )
+
+
+def _kill_a_worker_at(out: str, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        path = Path(out) / "metrics.jsonl"
+        if path.exists() and any(json.loads(line)["step"] >= step for line in path.read_text().splitlines()):
+            workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+            ours = {c.pid for c in psutil.Process().children(recursive=True)}
+            max((p for p in workers if p.pid in ours), key=lambda p: p.pid).kill()
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"the run did not reach step {step} in time")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_keys(
+    ray_cluster: str, config: TrainConfig
+) -> None:
+    with pytest.raises(TrainingError, match=r"the loss became (nan|inf) at step \d+ .* on the images \d{12}, .*--lr") as error:
+        train_blip(replace(config, lr=1e30, clip_norm=0.0, warmup_steps=0))
+    assert str(error.value).count("0000") >= 12
+    assert not (Path(config.out) / "train.json").exists()
+
+
+def test_more_workers_than_the_cluster_holds_are_refused_at_once_with_both_numbers(ray_cluster: str, config: TrainConfig) -> None:
+    begun = time.monotonic()
+    with pytest.raises(UserError, match=r"needs 24 CPUs .*--num-workers 12 .* has 8"):
+        train_blip(replace(config, num_workers=12))
+    assert time.monotonic() - begun < 5
+    assert not (Path(config.out) / "config.json").exists()
+
+
+def test_the_internal_of_deepspeed_that_is_replaced_on_cpu_is_still_the_one_that_compiles() -> None:
+    """Fails when DeepSpeed renames or no longer calls it, so that avoid_compilers_on_cpu is looked at again."""
+    import inspect
+    from importlib import import_module
+
+    avoid_compilers_on_cpu()
+    backend = import_module("deepspeed.comm.torch")
+    assert backend.build_shm_op() is None
+    assert "build_shm_op()" in inspect.getsource(backend.TorchBackend.__init__)
+
+
+def test_no_compiler_was_started(undisturbed: TrainConfig, compiler_log: Path) -> None:
+    assert compiler_log.read_text() == ""

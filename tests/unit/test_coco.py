@@ -1,0 +1,139 @@
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raycap.datasets.coco import CocoRead, read_coco
+from raycap.errors import StorageError, UserError
+
+IMAGES = [{"id": 7, "file_name": "b.jpg"}, {"id": 3, "file_name": "part/a.png"}]
+CAPTIONS = [
+    {"id": 12, "image_id": 3, "caption": "a cat  on\na mat "},
+    {"id": 10, "image_id": 7, "caption": "Two dogs."},
+    {"id": 11, "image_id": 3, "caption": "one cat"},
+]
+
+
+def read(
+    folder: Path, images: Any = IMAGES, annotations: Any = CAPTIONS, files: tuple[str, ...] | None = None
+) -> CocoRead:
+    """Writes a data set with those entries and empty image files (all that are named, by default), and reads it."""
+    for name in [str(image["file_name"]) for image in images if "file_name" in image] if files is None else files:
+        path = folder / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (folder / "images").mkdir(exist_ok=True)
+    (folder / "captions.json").write_text(json.dumps({"info": {}, "images": images, "annotations": annotations}))
+    return read_coco(str(folder / "captions.json"), str(folder / "images"))
+
+
+def test_samples_keep_the_order_of_images_and_captions_come_by_annotation_id(tmp_path: Path) -> None:
+    first, second = read(tmp_path).samples
+    assert (first.key, first.image_id, first.captions) == ("b", 7, ("Two dogs.",))
+    assert (second.key, second.image_id, second.captions) == ("part/a", 3, ("one cat", "a cat on a mat"))
+    assert second.url == str(tmp_path / "images" / "part" / "a.png")
+
+
+def test_what_is_skipped_is_counted_by_reason(tmp_path: Path) -> None:
+    images = [*IMAGES, {"id": 9, "file_name": "silent.jpg"}]
+    annotations = [
+        *CAPTIONS,
+        {"id": 13, "image_id": 3, "caption": " \n"},
+        {"id": 14, "image_id": 3, "bbox": [0, 0, 1, 1]},
+        {"id": 15, "image_id": 99, "caption": "no such image"},
+    ]
+    result = read(tmp_path, images, annotations)
+    assert [sample.key for sample in result.samples] == ["b", "part/a"]
+    assert result.skipped == {
+        "annotation without caption": 2,
+        "annotation of an unknown image": 1,
+        "image without captions": 1,
+    }
+
+
+def test_image_ids_may_be_strings_and_annotation_ids_may_be_missing(tmp_path: Path) -> None:
+    annotations = [{"image_id": "0af3", "caption": "second"}, {"image_id": "0af3", "caption": "third"}]
+    annotations.append({"image_id": "0af3", "caption": "first", "id": 1})  # type: ignore[dict-item]
+    (sample,) = read(tmp_path, [{"id": "0af3", "file_name": "x.jpg"}], annotations).samples
+    assert sample.image_id == "0af3"
+    assert sample.captions == ("first", "second", "third")
+
+
+def test_files_beside_the_named_images_and_images_that_are_not_used_do_not_matter(tmp_path: Path) -> None:
+    images = [*IMAGES, {"id": 9, "file_name": "silent-and-absent.jpg"}]
+    assert len(read(tmp_path, images, files=("b.jpg", "part/a.png", "other.txt")).samples) == 2
+
+
+def test_missing_image_files_are_counted_and_the_first_three_are_named(tmp_path: Path) -> None:
+    images = [{"id": i, "file_name": f"{i}.jpg"} for i in range(6)]
+    annotations = [{"id": i, "image_id": i, "caption": "a dog"} for i in range(6)]
+    with pytest.raises(UserError) as caught:
+        read(tmp_path, images, annotations, files=("2.jpg", "5.jpg"))
+    assert str(caught.value).startswith("4 of the 6 images of ")
+    assert f"missing below '{tmp_path}/images': '0.jpg', '1.jpg', '3.jpg', ...; pass the folder" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "it is empty"),
+        (b"{'images': []}", "JSON is broken"),
+        (b'{"images": [', "JSON is broken"),
+        (b"\xff\xfe\xfa", "JSON is broken"),
+        (b"[]", "it holds list"),
+        (b'{"images": {}, "annotations": []}', "an object with the keys ['annotations', 'images']"),
+        (b'{"images": [], "annotations": []}', "both lists are empty"),
+    ],
+)
+def test_a_file_that_is_no_caption_file_is_refused_with_its_name(tmp_path: Path, content: bytes, says: str) -> None:
+    path = tmp_path / "captions.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_coco(str(path), str(tmp_path))
+    assert says in str(caught.value)
+    assert f"'{path}'" in str(caught.value)
+    assert "pass a captions_*.json" in str(caught.value)
+
+
+def test_an_instances_file_is_refused_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no image has a caption \(annotation without caption: 1, .*not an instances"):
+        read(tmp_path, annotations=[{"id": 1, "image_id": 3, "bbox": [0, 0, 1, 1]}])
+
+
+@pytest.mark.parametrize(
+    "entry", [{"id": 1}, {"file_name": "x.jpg"}, {"id": 1, "file_name": "."}, {"id": 1.5, "file_name": "x"}]
+)
+def test_an_image_entry_without_id_or_file_name_is_named(tmp_path: Path, entry: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"images\[2\] in '.*captions.json' has no id and file_name"):
+        read(tmp_path, [*IMAGES, entry], files=())
+
+
+def test_two_images_of_one_key_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'b.jpg' and 'b.png' in .* share the key 'b'"):
+        read(tmp_path, [*IMAGES, {"id": 8, "file_name": "./b.png"}])
+
+
+def test_an_image_id_that_occurs_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"image id 7 occurs twice in .* \('b.jpg' and 'c.jpg'\)"):
+        read(tmp_path, [*IMAGES, {"id": 7, "file_name": "c.jpg"}])
+
+
+def test_a_missing_annotation_file_is_a_storage_error(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"captions_none\.json"):
+        read_coco(str(tmp_path / "captions_none.json"), str(tmp_path))
+
+
+@pytest.mark.skipif("RAYCAP_TEST_COCO" not in os.environ, reason="RAYCAP_TEST_COCO names no folder with COCO images")
+def test_a_real_coco_file_gives_every_image_with_its_five_captions() -> None:
+    root = os.environ["RAYCAP_TEST_COCO"]
+    result = read_coco(f"{root}/annotations/captions_train2017.json", f"{root}/train2017")
+    document = json.loads(Path(root, "annotations/captions_train2017.json").read_bytes())
+    assert [sample.image_id for sample in result.samples] == [image["id"] for image in document["images"]]
+    assert result.skipped == {}
+    for sample in result.samples:
+        assert sample.key == f"{sample.image_id:012d}"
+        assert Path(sample.url).is_file()
+        assert len(sample.captions) >= 5
+        assert all(caption == " ".join(caption.split()) != "" for caption in sample.captions)
