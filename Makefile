@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # DeepSpeed's source distribution would otherwise try to compile its operators while it is installed.
 export DS_BUILD_OPS := 0
 
-.PHONY: demo check test bench clean help
+.PHONY: demo check test bench docs clean help
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -32,6 +32,9 @@ test: $(STAMP) ## everything that needs no GPU
 
 bench: $(STAMP) ## measurements; NAME=x runs one. Figures go to tests/bench/LOG.md by hand
 	$(BIN)/python -m tests.bench $(NAME)
+
+docs: $(STAMP) ## write the generated help in jobs/README.md
+	$(BIN)/python tests/unit/test_docs.py
 
 clean: ## remove .venv and what the demo wrote
 	rm -rf $(VENV) runs

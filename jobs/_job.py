@@ -1,7 +1,6 @@
 """What every job's command line shares: presets, absolute paths, the printed config, status.json and the exit code."""
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -100,5 +99,5 @@ def _write_status(out: str | None, name: str, state: str, code: int | None, erro
         return
     from raycap import storage
 
-    status = {"job": name, "state": state, "exit_code": code, "error": error, "pid": os.getpid()}
+    status = {"job": name, "state": state, "exit_code": code, "error": error}
     storage.put(storage.join(out, "status.json"), (json.dumps(status, indent=2) + "\n").encode())

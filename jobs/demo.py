@@ -24,10 +24,13 @@ def demo(config: DemoConfig) -> None:
         val_shards=shards.val,
         tokenizer=shards.tokenizer,
         epochs=config.epochs or TRAIN_PRESETS["demo"].epochs,
+        global_batch_size=min(config.num_train, TRAIN_PRESETS["demo"].global_batch_size),
     )
     train_blip(train)
     evaluate(EvaluateConfig(checkpoint=f"{config.out}/checkpoint", shards=shards.test, out=config.out))
-    print(f"\nthe checkpoint is {config.out}/checkpoint; its scores on pairs of objects it never saw: {config.out}/metrics.json")
+    print(
+        f"\nthe checkpoint is {config.out}/checkpoint; its scores on pairs of objects it never saw: {config.out}/metrics.json"
+    )
 
 
 if __name__ == "__main__":

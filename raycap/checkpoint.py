@@ -54,7 +54,9 @@ def save_checkpoint(root: str, weights: Weights, spec: CheckpointSpec, info: Map
     Raises StorageError.
     """
     with _new_folder(root) as folder:
-        save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(
+            {k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"}
+        )
         (folder / "model.safetensors").chmod(0o644)  # the library writes 0600, which locks out others on shared storage
         save_tokenizer(spec.tokenizer, spec.text, str(folder))
         for name, content in _hugging_face_files(spec).items():
@@ -113,7 +115,9 @@ def import_published(source: str, *, prompt: str, max_tokens: int) -> tuple[Chec
         config = _read_json(local / "config.json", source)
         kind = config.get("model_type")
         if kind != "blip":
-            raise CheckpointError(f"{source!r} holds a model of type {kind!r}; raycap imports 'blip'; choose such a folder")
+            raise CheckpointError(
+                f"{source!r} holds a model of type {kind!r}; raycap imports 'blip'; choose such a folder"
+            )
         image = _read_json(local / "preprocessor_config.json", source)
         text_config = config["text_config"]
         spec = CheckpointSpec(
@@ -231,7 +235,9 @@ def _read_weights(folder: Path, source: str) -> Weights:
         try:
             weights |= load_file(path)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path.name!r} of {source!r} cannot be read ({error}); copy the file again") from error
+            raise CheckpointError(
+                f"{path.name!r} of {source!r} cannot be read ({error}); copy the file again"
+            ) from error
     return weights
 
 
@@ -263,7 +269,9 @@ def _sha256(path: Path) -> str:
 def _local_copy(root: str) -> Iterator[Path]:
     if not storage.is_url(root):
         if not Path(root).is_dir():
-            raise CheckpointError(f"no checkpoint folder at {root!r}: it does not exist; check the path, or train first")
+            raise CheckpointError(
+                f"no checkpoint folder at {root!r}: it does not exist; check the path, or train first"
+            )
         yield Path(root)
         return
     with tempfile.TemporaryDirectory(prefix="raycap-checkpoint-") as folder:
@@ -299,7 +307,9 @@ def _new_folder(root: str) -> Iterator[Path]:
 
 def _download_from_hub(name: str) -> str:
     if name.startswith(("/", ".", "~")) or name.count("/") != 1:
-        raise CheckpointError(f"no checkpoint folder at {name!r}: it does not exist; check the path, or give a hub name like 'owner/name'")
+        raise CheckpointError(
+            f"no checkpoint folder at {name!r}: it does not exist; check the path, or give a hub name like 'owner/name'"
+        )
     from huggingface_hub import snapshot_download
 
     try:

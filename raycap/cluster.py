@@ -3,6 +3,7 @@
 Owns no pipeline. Ray's CPUs are logical: a local start gives max(cores, what the job needs).
 """
 
+import logging
 import os
 import secrets
 import socket
@@ -31,7 +32,9 @@ def _started_here() -> str:
 def _probe(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
-        raise UserError(f"RAY_ADDRESS is {address!r}, which is not host:port; set it to the head node's address or unset it")
+        raise UserError(
+            f"RAY_ADDRESS is {address!r}, which is not host:port; set it to the head node's address or unset it"
+        )
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_S).close()
     except OSError as error:
@@ -57,7 +60,7 @@ def _choose_address() -> str:
 
 _ADDRESS = os.environ.get("RAY_ADDRESS", "local") if "ray" in sys.modules else _choose_address()
 
-import ray  # noqa: E402: see _choose_address
+import ray  # noqa: E402  # see _choose_address
 
 
 def in_submitted_job() -> bool:
@@ -102,12 +105,21 @@ def connect(*, num_cpus: int, num_gpus: int = 0, need: str) -> None:
 
 def num_gpus() -> int:
     """GPUs of the connected cluster."""
-    return int(ray.cluster_resources().get("GPU", 0))
+    return int(_resources().get("GPU", 0))
 
 
 def num_nodes() -> int:
     """Nodes of the connected cluster that are alive."""
-    return sum(1 for node in ray.nodes() if node["Alive"])
+    return len(_nodes())
+
+
+def _nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
+def _resources() -> dict[str, float]:
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return resources
 
 
 def _quiet() -> None:
@@ -118,12 +130,13 @@ def _quiet() -> None:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def _init(**options: Any) -> None:
     try:
         # What workers log stays in Ray's session folder: thousands of lines that bury ours. Errors come as exceptions.
-        ray.init(logging_level="ERROR", log_to_driver=False, **options)
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
     except (ConnectionError, RuntimeError) as error:
         raise UserError(
             f"cannot connect to the Ray cluster at {options['address']!r}: {str(error).splitlines()[0]}; check RAY_ADDRESS and that "
@@ -132,7 +145,7 @@ def _init(**options: Any) -> None:
 
 
 def _preflight(num_cpus: int, num_gpus: int, need: str) -> None:
-    have = ray.cluster_resources()
+    have = _resources()
     for name, wanted in (("CPU", num_cpus), ("GPU", num_gpus)):
         if wanted > have.get(name, 0):
             raise UserError(
@@ -160,10 +173,13 @@ def nodes_without(path: str) -> list[str]:
 
     @ray.remote(num_cpus=0)
     def sees() -> bool:
-        return os.path.exists(path)
+        return Path(path).exists()
 
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    nodes = _nodes()
     answers = ray.get(
-        [sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)).remote() for n in nodes]
+        [
+            sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)).remote()
+            for n in nodes
+        ]
     )
     return [node["NodeManagerAddress"] for node, seen in zip(nodes, answers, strict=True) if not seen]

@@ -43,7 +43,9 @@ class DemoConfig:
     """Seed of the scenes."""
 
     def __post_init__(self) -> None:
-        _require(min(self.num_train, self.num_val, self.num_test) >= 2, "the demo needs at least 2 images in each split")
+        _require(
+            min(self.num_train, self.num_val, self.num_test) >= 2, "the demo needs at least 2 images in each split"
+        )
         _require(self.epochs >= 0, f"--epochs must not be negative, got {self.epochs}")
 
 
@@ -66,10 +68,12 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         _require(
-            bool(self.annotations) == bool(self.images), "--annotations and --images go together; without both the demo is made"
+            bool(self.annotations) == bool(self.images),
+            "--annotations and --images go together; without both the demo is made",
         )
         _require(
-            not self.annotations or self.out != default_root("demo"), "--annotations and --images need an --out of their own"
+            not self.annotations or self.out != default_root("demo"),
+            "--annotations and --images need an --out of their own",
         )
         _require(self.samples_per_shard >= 1, f"--samples-per-shard must be at least 1, got {self.samples_per_shard}")
 
@@ -155,13 +159,30 @@ class TrainConfig:
     """Steps between progress lines."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "image_size max_tokens epochs global_batch_size micro_batch_size captions_per_image num_workers cpus_per_worker "
-            "cpus_for_data eval_every eval_images max_new_tokens checkpoint_every keep_last log_every"
-        ).split():
-            _require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        for name in [
+            "image_size",
+            "max_tokens",
+            "epochs",
+            "global_batch_size",
+            "micro_batch_size",
+            "captions_per_image",
+            "num_workers",
+            "cpus_per_worker",
+            "cpus_for_data",
+            "eval_every",
+            "eval_images",
+            "max_new_tokens",
+            "checkpoint_every",
+            "keep_last",
+            "log_every",
+        ]:
+            _require(
+                getattr(self, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}"
+            )
         for name in ("warmup_steps", "weight_decay", "clip_norm", "max_failures"):
-            _require(getattr(self, name) >= 0, f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
+            _require(
+                getattr(self, name) >= 0, f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}"
+            )
         _require(self.lr > 0, f"--lr must be positive, got {self.lr}")
         _require(0 <= self.label_smoothing < 1, f"--label-smoothing must be in [0, 1), got {self.label_smoothing}")
         _require(
@@ -169,10 +190,12 @@ class TrainConfig:
             f"--global-batch-size {self.global_batch_size} gives {self.num_workers} workers less than one image each",
         )
         _require(
-            bool(self.train_shards) == bool(self.val_shards), "--train-shards and --val-shards go together; without both the demo"
+            bool(self.train_shards) == bool(self.val_shards),
+            "--train-shards and --val-shards go together; without both the demo",
         )
         _require(
-            not (self.init_from and self.tokenizer), "--tokenizer is for a start from scratch; --init-from brings its own"
+            not (self.init_from and self.tokenizer),
+            "--tokenizer is for a start from scratch; --init-from brings its own",
         )
         _require(
             bool(self.init_from or self.tokenizer or not self.train_shards),
@@ -181,7 +204,17 @@ class TrainConfig:
 
 
 TRAIN_PRESETS: dict[str, TrainConfig] = {
-    "demo": TrainConfig(),
+    # Measured on 2 cores (tests/bench/LOG.md): two captions a pass and small steps learn most in the minutes a demo has.
+    "demo": TrainConfig(
+        epochs=8,
+        global_batch_size=32,
+        micro_batch_size=16,
+        captions_per_image=2,
+        lr=2e-3,
+        eval_every=250,
+        checkpoint_every=250,
+        log_every=25,
+    ),
     # BLIP's published fine-tuning (configs/caption_coco.yaml): 5 epochs, 1e-5, 384 px, batch 256, label smoothing 0.1.
     "blip_base_coco": TrainConfig(
         out=default_root("blip_base_coco"),
@@ -227,5 +260,7 @@ class EvaluateConfig:
     """Evaluate only the first so many images; 0 takes all."""
 
     def __post_init__(self) -> None:
-        _require(min(self.micro_batch_size, self.concurrency) >= 1, "--micro-batch-size and --concurrency must be at least 1")
+        _require(
+            min(self.micro_batch_size, self.concurrency) >= 1, "--micro-batch-size and --concurrency must be at least 1"
+        )
         _require(self.max_images >= 0, f"--max-images must not be negative, got {self.max_images}")

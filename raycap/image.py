@@ -3,6 +3,7 @@
 Owns no batching and no normalisation (that happens on the model's device, see `normalize`).
 """
 
+import contextlib
 import io
 import struct
 import warnings
@@ -66,10 +67,8 @@ def _check_dimensions(width: int, height: int) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Pixels:
-    try:
+    with contextlib.suppress(*_DAMAGE):  # broken EXIF says nothing about the pixels
         image = ImageOps.exif_transpose(image)
-    except _DAMAGE:
-        pass  # broken EXIF says nothing about the pixels
     if image.mode == "F":
         raise ImageError(ErrorKind.UNSUPPORTED_MODE, "floating-point pixels have no defined range")
     if image.mode.startswith("I"):  # 16-bit greyscale: convert("RGB") would clip it to white

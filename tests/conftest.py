@@ -2,6 +2,7 @@
 
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,11 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
             spec = TextSpec(prompt="", bos_id=bos_id, eos_id=eos_id, pad_id=pad_id, max_tokens=512)
             save_tokenizer(tokenizer, spec, str(root / "tokenizer"))
     return Demo(
-        coco=coco, train=str(root / "train"), val=str(root / "val"), test=str(root / "test"), tokenizer=str(root / "tokenizer")
+        coco=coco,
+        train=str(root / "train"),
+        val=str(root / "val"),
+        test=str(root / "test"),
+        tokenizer=str(root / "tokenizer"),
     )
 
 
@@ -65,7 +70,9 @@ def pack(root: str, samples: list[Sample], samples_per_shard: int = 40) -> str:
 
 
 def _load(key: str, url: str, captions: tuple[str, ...], image_id: int | str | None) -> Sample:
-    return Sample(key=key, image=storage.read_bytes(url), ext=url.rpartition(".")[2], captions=captions, image_id=image_id)
+    return Sample(
+        key=key, image=storage.read_bytes(url), ext=url.rpartition(".")[2], captions=captions, image_id=image_id
+    )
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +86,9 @@ def compiler_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
         script.write_text(f'#!/bin/sh\necho "{name} $@" >> {log}\nexit 1\n')
         script.chmod(script.stat().st_mode | stat.S_IEXEC)
     os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder / "torch_extensions")  # what an earlier run compiled must not hide a call
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(
+        folder / "torch_extensions"
+    )  # what an earlier run compiled must not hide a call
     return log
 
 
@@ -90,9 +99,18 @@ def ray_cluster(compiler_log: Path) -> Iterator[str]:
 
     os.environ.pop("RAY_ADDRESS", None)
     tests = Path(__file__).parent  # functions of test modules run in workers
-    os.environ["PYTHONPATH"] = os.pathsep.join(str(folder) for folder in (tests, tests / "unit", tests / "ray", tests / "s3"))
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        str(folder) for folder in (tests, tests / "unit", tests / "ray", tests / "s3")
+    )
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # "its environment active"
+    os.chdir(tests.parent)  # where bare submissions resolve their entry point
     context = ray.init(
-        address="local", num_cpus=8, include_dashboard=True, logging_level="ERROR", log_to_driver=False, dashboard_port=_free_port()
+        address="local",
+        num_cpus=8,
+        include_dashboard=True,
+        logging_level="ERROR",
+        log_to_driver=False,
+        dashboard_port=_free_port(),
     )
     os.environ["RAY_ADDRESS"] = context.address_info["gcs_address"]
     os.environ["RAYCAP_TEST_DASHBOARD"] = f"http://{context.address_info['webui_url']}"

@@ -50,7 +50,7 @@ class InOrder:
     def rows(self, world: int) -> int:
         return rows_per_rank(self.global_batch_size, world)
 
-    def epoch(self, step: int) -> int:  # noqa: ARG002: evaluation draws the same captions every time
+    def epoch(self, step: int) -> int:  # noqa: ARG002  # evaluation draws the same captions every time
         return 0
 
 
@@ -97,7 +97,9 @@ class Batch:
     def num_captions(self) -> int:
         return int((self.labels != -100).any(axis=2).sum())
 
-    def micro_batches(self, size: int) -> Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    def micro_batches(
+        self, size: int
+    ) -> Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
         """(pixel_values (r, 3, S, S), input_ids (r*k, l), labels (r*k, l)) for r <= size rows; l reaches the last target."""
         for first in range(0, len(self.keys), size):
             labels = self.labels[first : first + size]
@@ -134,7 +136,9 @@ def split_steps(columns: Columns) -> Iterator[Batch]:
         )
 
 
-def iterate_local(order: Order, source: Source, start: int, stop: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+def iterate_local(
+    order: Order, source: Source, start: int, stop: int, rank: int = 0, world: int = 1
+) -> Iterator[Batch]:
     """What stream.iterate yields, computed here and now."""
     for step in range(start, stop):
         yield from split_steps(load_steps(order, source, [step], rank, world))
@@ -162,7 +166,9 @@ def _load_share(order: Order, source: Source, step: int, rank: int, world: int) 
         input_ids[row, : len(chosen), : ids.shape[1]] = ids
         labels[row, : len(chosen), : ids.shape[1]] = targets
     missing = rows - len(samples)
-    about = [{"image_id": s.image_id, "captions": s.captions} for s in samples] + [{"image_id": None, "captions": []}] * missing
+    about: list[dict[str, Any]] = [{"image_id": s.image_id, "captions": s.captions} for s in samples] + [
+        {"image_id": None, "captions": []}
+    ] * missing
     return {
         "step": np.full(rows, step, np.int64),
         "key": np.array([s.key for s in samples] + [""] * missing, dtype=object),

@@ -55,7 +55,9 @@ def ensure_demo(config: DemoConfig | None = None, report: Callable[[str], None] 
 
 
 def _make_tokenizer(annotations: str, images: str, folder: str) -> None:
-    tokenizer = train_wordpiece(caption for sample in read_coco(annotations, images).samples for caption in sample.captions)
+    tokenizer = train_wordpiece(
+        caption for sample in read_coco(annotations, images).samples for caption in sample.captions
+    )
     bos_id, eos_id, pad_id = role_ids(tokenizer)
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, TextSpec(prompt="", bos_id=bos_id, eos_id=eos_id, pad_id=pad_id, max_tokens=512), folder)

@@ -10,11 +10,13 @@ shards that are missing and ends with the same bytes.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -23,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from raycap import storage, units
 from raycap.datasets.coco import read_coco
-from raycap.errors import RaycapError, StorageError, UserError
+from raycap.errors import RaycapError, StorageError
 from raycap.schema import Sample, SampleRef, ShardIndex
 from raycap.shards import MANIFEST, Manifest, pack_shard, read_manifest, write_manifest
 
@@ -74,7 +76,7 @@ def prepare_shards(
 
 
 def plan_shards(samples: Sequence[SampleRef], samples_per_shard: int, seed: int) -> dict[str, list[SampleRef]]:
-    """Shard name without suffix -> its samples, in order; the last shard may be short. Independent of the order given."""
+    """Shard name without suffix -> its samples, in order; the last one may be short. Independent of the order given."""
 
     def place(ref: SampleRef) -> tuple[bytes, str]:
         return hashlib.blake2b(f"{seed}:{ref.key}".encode(), digest_size=16).digest(), ref.key
@@ -146,18 +148,23 @@ def _run(pending: dict[str, list[SampleRef]], out: str, add: Callable[[int], Non
         return None
     import ray.data
     import ray.exceptions
+    from ray.util.annotations import RayDeprecationWarning
 
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = None  # a block is one shard's row; nothing merges or splits it
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that its bars are off
     # JSON, because Arrow knows no column of ids that are sometimes numbers and sometimes strings.
     items = [{"name": name, "refs": json.dumps([asdict(ref) for ref in refs])} for name, refs in pending.items()]
     try:
-        with ray.data.DataContext.current(context):
+        with ray.data.DataContext.current(context), warnings.catch_warnings():
+            # Ray 2.64 wants to drop the argument max_retries and names no other way to bound retries.
+            warnings.simplefilter("ignore", RayDeprecationWarning)
+            pack = functools.partial(_pack_block, out=out)
             tasks = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-                _pack_block, batch_size=None, batch_format="pyarrow", fn_kwargs={"out": out}, max_retries=_MAX_RETRIES
+                pack, batch_size=None, batch_format="pyarrow", max_retries=_MAX_RETRIES
             )
             for row in tasks.iter_rows():
                 if row["error"]:

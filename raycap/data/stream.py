@@ -14,7 +14,9 @@ from ray.data import DataContext, Dataset, ExecutionResources
 
 from raycap.data.batch import Batch, Columns, Order, Source, load_steps, split_steps
 
-BLOCK_BYTES = 16 * 2**20  # pixels of one task's block: long enough to hide Ray's cost per task, short enough to start soon
+BLOCK_BYTES = (
+    16 * 2**20
+)  # pixels of one task's block: long enough to hide Ray's cost per task, short enough to start soon
 MAX_STEPS_PER_TASK = 8
 MAX_TASKS = 2000  # of one data set; longer runs chain data sets, so that planning stays short
 
@@ -35,7 +37,14 @@ def iterate(
 
 
 def steps_dataset(
-    shared: "ray.ObjectRef[tuple[Order, Source]]", start: int, stop: int, size: int, rank: int, world: int, *, num_cpus: int
+    shared: "ray.ObjectRef[tuple[Order, Source]]",
+    start: int,
+    stop: int,
+    size: int,
+    rank: int,
+    world: int,
+    *,
+    num_cpus: int,
 ) -> Dataset:
     """A lazy data set of one block per task, `size` steps in each, in order."""
     context = DataContext.get_current()
@@ -46,11 +55,17 @@ def steps_dataset(
     num_tasks = -(-(stop - start) // size)
     options = {"shared": shared, "start": start, "stop": stop, "size": size, "rank": rank, "world": world}
     numbers = ray.data.range(num_tasks, override_num_blocks=num_tasks)
-    return numbers.map_batches(_load, batch_size=None, fn_kwargs=options, num_cpus=1)
+    return numbers.map_batches(_load, batch_size=None, fn_kwargs=options, num_cpus=1)  # type: ignore[arg-type]  # its types know no fn_kwargs
 
 
 def _load(
-    block: Columns, shared: "ray.ObjectRef[tuple[Order, Source]]", start: int, stop: int, size: int, rank: int, world: int
+    block: Columns,
+    shared: "ray.ObjectRef[tuple[Order, Source]]",
+    start: int,
+    stop: int,
+    size: int,
+    rank: int,
+    world: int,
 ) -> Columns:
     (number,) = block["id"].tolist()
     first = start + number * size

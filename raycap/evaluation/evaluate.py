@@ -44,25 +44,26 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     references: dict[str, tuple[str, ...]] = {}
     image_ids: dict[str, Any] = {}
     errors: Counter[str] = Counter()
-    begun = reported = time.perf_counter()
+    begun = reported = 0.0
     for row in _caption_rows(config, checkpoint, spec, manifest, num_images, use_gpu):
+        begun = begun or time.perf_counter()  # rates leave out the start of the processes
         if row["error_kind"]:
             errors[row["error_kind"]] += 1
             continue
         captions[row["key"]], references[row["key"]] = row["caption"], tuple(row["captions"])
         image_ids[row["key"]] = row["image_id"] if row["image_id"] is not None else row["key"]
-        if time.perf_counter() - reported > REPORT_S:
+        if time.perf_counter() - max(reported, begun) > REPORT_S:
             reported = time.perf_counter()
             rate = len(captions) / (reported - begun)
             left = (num_images - len(captions)) / rate
             print(f"images={len(captions)}/{num_images} images_per_s={rate:.1f} eta_s={left:.0f}", flush=True)
     if not captions:
-        raise UserError(f"none of the {num_images} images in {shards!r} could be decoded ({dict(errors)}); check the shards")
-    seconds = time.perf_counter() - begun
-
-    print(f"captioned {len(captions)} images in {seconds:.1f} s; scoring", flush=True)
-    scores = coco_scores(captions, references)
-    metrics = scores.to_dict()
+        raise UserError(
+            f"none of the {num_images} images in {shards!r} could be decoded ({dict(errors)}); check the shards"
+        )
+    print(f"captioned {len(captions)} images; scoring", flush=True)
+    metrics = asdict(coco_scores(captions, references))
+    del metrics["cider_by_key"]
     report = {
         "metrics": metrics,
         "num_images": len(captions),
@@ -75,7 +76,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         "prompt": spec.text.prompt,
     }
     results = [{"image_id": image_ids[key], "caption": caption} for key, caption in captions.items()]
-    storage.put(storage.join(config.out, "captions.json"), (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
+    storage.put(
+        storage.join(config.out, "captions.json"), (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode()
+    )
     storage.put(storage.join(config.out, "metrics.json"), (json.dumps(report, indent=2) + "\n").encode())
     for name, value in metrics.items():
         print(f"{name:<8} {value:.4f}")
@@ -87,9 +90,14 @@ def _inputs(config: EvaluateConfig) -> tuple[str, str]:
     """Checkpoint and shards, the demo's where none are given. Raises UserError if the demo is not there."""
     demo = default_root("demo")
     checkpoint, shards = config.checkpoint or storage.join(demo, "checkpoint"), config.shards or demo_shards(demo).test
-    for given, file in ((config.checkpoint, storage.join(checkpoint, "raycap.json")), (config.shards, storage.join(shards, "manifest.parquet"))):
+    for given, file in (
+        (config.checkpoint, storage.join(checkpoint, "raycap.json")),
+        (config.shards, storage.join(shards, "manifest.parquet")),
+    ):
         if not given and not storage.exists(file):
-            raise UserError(f"no demo to evaluate: {file!r} does not exist; run make demo, or give --checkpoint and --shards")
+            raise UserError(
+                f"no demo to evaluate: {file!r} does not exist; run make demo, or give --checkpoint and --shards"
+            )
     return checkpoint, shards
 
 
@@ -114,7 +122,13 @@ class _CaptionBlock:
             for key, image_id, references, result in about:
                 if key:
                     kind = kinds.get(key, "")
-                    yield {"key": key, "image_id": image_id, "captions": references, "caption": result.caption, "error_kind": kind}
+                    yield {
+                        "key": key,
+                        "image_id": image_id,
+                        "captions": references,
+                        "caption": result.caption,
+                        "error_kind": kind,
+                    }
 
 
 def _caption_rows(
@@ -122,7 +136,12 @@ def _caption_rows(
 ) -> Iterator[dict[str, Any]]:
     order = InOrder(num_samples=num_images, global_batch_size=config.micro_batch_size)
     source = Source(
-        manifest=manifest, image=spec.image, text=spec.text, tokenizer=spec.tokenizer.to_str(), captions_per_image=1, seed=0
+        manifest=manifest,
+        image=spec.image,
+        text=spec.text,
+        tokenizer=spec.tokenizer.to_str(),
+        captions_per_image=1,
+        seed=0,
     )
     blocks = steps_dataset(
         ray.put((order, source)), 0, order.num_steps, 1, 0, 1, num_cpus=config.concurrency + 1

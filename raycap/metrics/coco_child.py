@@ -92,7 +92,7 @@ def tokenize(captions: Sequence[str], folder: Path, name: str) -> list[str]:
     path, errors = folder / f"{name}.txt", folder / f"{name}_errors.txt"
     path.write_bytes("\n".join(LINE_BREAK.sub(" ", caption) for caption in captions).encode())
     arguments = ["-cp", str(JAR), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase", path.name]
-    command = java_command(*arguments, max_heap_mib=MAX_HEAP_MIB, quick=True)
+    command = java_command(*arguments, max_heap_mib=MAX_HEAP_MIB)
     with open(errors, "wb") as stderr:
         done = subprocess.run(
             command, cwd=folder, env=java_environment(), stdout=subprocess.PIPE, stderr=stderr, check=False

@@ -23,7 +23,6 @@ JAR = Path(str(upstream.__file__)).with_name(upstream.METEOR_JAR)
 PARAPHRASES = JAR.parent / "data" / "paraphrase-en.gz"
 MAX_HEAP_MIB = 2048  # upstream's; the filtered table of 400 captions needs 100
 READ_BYTES = 1 << 16  # of compressed table at a time; larger blocks fall out of the processor's cache
-NUM_QUICK = 1000  # captions up to which Java's quick compiler wins
 
 # An entry is three lines: probability, phrase, paraphrase. Those of one phrase are neighbours: one match takes all.
 PHRASE_GROUP = re.compile(rb".*+\n(.*+\n).*+\n(?:.*+\n\1.*+\n)*+")
@@ -44,9 +43,9 @@ def write_paraphrases(captions: Iterable[str], path: Path) -> None:
         for entries, phrase in _phrase_groups():
             if known(WORD_RUN.findall(phrase)):
                 lines = entries.split(b"\n")
-                for probability, paraphrase in zip(lines[0:-1:3], lines[2:-1:3], strict=True):
-                    if known(WORD_RUN.findall(paraphrase)):
-                        table.write(probability + b"\n" + phrase + paraphrase + b"\n")
+                pairs = zip(lines[0:-1:3], lines[2:-1:3], strict=True)
+                kept = [b"%b\n%b%b\n" % (p, phrase, other) for p, other in pairs if known(WORD_RUN.findall(other))]
+                table.write(b"".join(kept))
 
 
 def _phrase_groups() -> Iterator[tuple[bytes, bytes]]:
@@ -77,7 +76,7 @@ def meteor(
     """
     errors = paraphrases.with_name("meteor_errors.txt")
     arguments = ["-jar", str(JAR), "-", "-", "-stdio", "-l", "en", "-norm", "-a", paraphrases.name]
-    command = java_command(*arguments, max_heap_mib=MAX_HEAP_MIB, quick=len(candidates) <= NUM_QUICK)
+    command = java_command(*arguments, max_heap_mib=MAX_HEAP_MIB)
     with open(errors, "wb") as stderr:
         java = subprocess.Popen(
             command,

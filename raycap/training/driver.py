@@ -21,7 +21,15 @@ from raycap.training.watch import Board, Display
 from raycap.training.worker import build_plan, train_worker
 
 # May differ when a run is resumed: they do not change what is computed.
-FREE_FIELDS = ("cpus_per_worker", "cpus_for_data", "max_failures", "keep_last", "log_every", "checkpoint_every", "micro_batch_size")
+FREE_FIELDS = (
+    "cpus_per_worker",
+    "cpus_for_data",
+    "max_failures",
+    "keep_last",
+    "log_every",
+    "checkpoint_every",
+    "micro_batch_size",
+)
 
 
 def train_blip(config: TrainConfig) -> None:
@@ -31,7 +39,9 @@ def train_blip(config: TrainConfig) -> None:
     plan = build_plan(config, train_manifest)
     num_steps = plan.steps_per_epoch * config.epochs
     if _finished(config):
-        print(f"this run is finished ({num_steps} steps): its checkpoint is {config.out}/checkpoint; for another run choose another --out")
+        print(
+            f"this run is finished ({num_steps} steps): its checkpoint is {config.out}/checkpoint; for another run choose another --out"
+        )
         return
     build_start(config)  # a wrong folder or size is found here, not by every worker
 
@@ -44,7 +54,7 @@ def train_blip(config: TrainConfig) -> None:
         flush=True,
     )
     begun = time.perf_counter()
-    board = Board.remote()
+    board: Any = Board.remote()  # type: ignore[attr-defined]  # ray.remote's types hide it
     with Display(board, num_steps) as display:
         try:
             _trainer(config, board, use_gpu).fit()
@@ -78,7 +88,9 @@ def _need(config: TrainConfig) -> str:
 
 def _connect(config: TrainConfig) -> bool:
     """Connects, checks capacity and storage. Whether the workers use GPUs."""
-    cluster.connect(num_cpus=_num_cpus(config), num_gpus=config.num_workers if config.device == "cuda" else 0, need=_need(config))
+    cluster.connect(
+        num_cpus=_num_cpus(config), num_gpus=config.num_workers if config.device == "cuda" else 0, need=_need(config)
+    )
     cluster.check_shared(config.out)
     return config.device == "cuda" or (config.device == "auto" and cluster.num_gpus() >= config.num_workers)
 
@@ -89,7 +101,9 @@ def _trainer(config: TrainConfig, board: Any, use_gpu: bool) -> TorchTrainer:
         train_loop_config={"config": asdict(config)},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=config.num_workers, use_gpu=use_gpu, resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
+            num_workers=config.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
         ),
         run_config=RunConfig(
             name="state",
@@ -97,7 +111,7 @@ def _trainer(config: TrainConfig, board: Any, use_gpu: bool) -> TorchTrainer:
             storage_filesystem=_s3_filesystem() if storage.is_url(config.out) else None,
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             # Ray's default would try again for ever what the cluster cannot schedule.
-            failure_config=FailureConfig(max_failures=config.max_failures, controller_failure_limit=0),
+            failure_config=FailureConfig(max_failures=config.max_failures, controller_failure_limit=0),  # type: ignore[call-arg]  # v2's
         ),
     )
 
@@ -111,7 +125,9 @@ def _finished(config: TrainConfig) -> bool:
     differ = [name for name in now if name not in FREE_FIELDS and now[name] != before.get(name)]
     if differ:
         changes = ", ".join(f"{name} {before.get(name)!r} -> {now[name]!r}" for name in differ)
-        raise UserError(f"--out {config.out!r} holds a run with other settings ({changes}); repeat its command, or choose another --out")
+        raise UserError(
+            f"--out {config.out!r} holds a run with other settings ({changes}); repeat its command, or choose another --out"
+        )
     return storage.exists(storage.join(config.out, "train.json"))
 
 

@@ -172,7 +172,9 @@ class DeepSpeedEngine:
                 if self.rank == 0:
                     copies[name] = parameter.detach().to("cpu", torch.float32, copy=True)
         if self.rank == 0:
-            copies |= {name: buffer.cpu() for name, buffer in self.module.named_buffers() if name in self.module.state_dict()}
+            copies |= {
+                name: buffer.cpu() for name, buffer in self.module.named_buffers() if name in self.module.state_dict()
+            }
         return copies
 
     def save_state(self, folder: Path) -> None:
@@ -192,8 +194,10 @@ def avoid_compilers_on_cpu() -> None:
     """
     os.environ["DS_ACCELERATOR"] = "cpu"
     backend = import_module("deepspeed.comm.torch")  # as an attribute, deepspeed.comm.torch is PyTorch itself
-    assert hasattr(backend, "build_shm_op"), "DeepSpeed's build_shm_op is gone: see whether its CPU backend still compiles"
-    backend.build_shm_op = lambda: None
+    assert hasattr(backend, "build_shm_op"), (
+        "DeepSpeed's build_shm_op is gone: see whether its CPU backend still compiles"
+    )
+    vars(backend)["build_shm_op"] = lambda: None
 
 
 def build_optimizer(module: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:

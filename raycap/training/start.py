@@ -7,9 +7,8 @@ import torch
 from raycap import storage
 from raycap.checkpoint import CheckpointSpec, import_published, load_model
 from raycap.config import TrainConfig
-from raycap.decoding.protocol import CaptionModel
 from raycap.errors import UserError
-from raycap.models import build_model
+from raycap.models import CaptionModel, build_model
 from raycap.schema import DecodeSettings, ImageSpec
 from raycap.text import TextSpec, load_tokenizer, role_ids
 
@@ -48,7 +47,11 @@ def _fresh_spec(config: TrainConfig) -> CheckpointSpec:
     bos_id, eos_id, pad_id = role_ids(tokenizer)
     from transformers import BlipConfig
 
-    shared = {"hidden_size": size["width"], "intermediate_size": 4 * size["width"], "num_attention_heads": size["heads"]}
+    shared = {
+        "hidden_size": size["width"],
+        "intermediate_size": 4 * size["width"],
+        "num_attention_heads": size["heads"],
+    }
     model = BlipConfig(
         vision_config={
             **shared,
@@ -68,9 +71,7 @@ def _fresh_spec(config: TrainConfig) -> CheckpointSpec:
             "pad_token_id": pad_id,
         },
     )
-    text = TextSpec(
-        prompt=config.prompt, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id, max_tokens=config.max_tokens
-    )
+    text = TextSpec(prompt=config.prompt, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id, max_tokens=config.max_tokens)
     return CheckpointSpec(
         kind="blip",
         model_config=_with_smoothing(model.to_dict(), config),

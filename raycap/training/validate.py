@@ -36,7 +36,9 @@ class Validator:
         for batch in batches:
             for arrays in batch.micro_batches(self._micro_batch_size):
                 pixel_values, input_ids, labels = (torch.tensor(array, device=engine.device) for array in arrays)
-                micro_loss, micro_tokens = engine.forward(normalize(pixel_values, self._captioner.spec.image), input_ids, labels)
+                micro_loss, micro_tokens = engine.forward(
+                    normalize(pixel_values, self._captioner.spec.image), input_ids, labels
+                )
                 loss_sum, num_tokens = loss_sum + float(micro_loss), num_tokens + float(micro_tokens)
             bad = {key for key, _ in batch.errors}
             for first in range(0, len(batch.keys), self._micro_batch_size):

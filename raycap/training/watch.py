@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
@@ -76,7 +75,7 @@ def show(record: Record, write: Callable[[str], None]) -> None:
 class Display:
     """While open, a thread takes the board's records and prints them: one live line on a terminal, lines otherwise."""
 
-    def __init__(self, board: ActorHandle, num_steps: int) -> None:
+    def __init__(self, board: Any, num_steps: int) -> None:
         self._board = board
         self._num_steps = num_steps
         self.finished: Record = {}
@@ -94,7 +93,9 @@ class Display:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop.set()
         self._thread.join()
         if self._live:
@@ -105,7 +106,7 @@ class Display:
         while not stopping:
             stopping = self._stop.wait(POLL_S)
             try:
-                records = ray.get(self._board.take.remote())
+                records: list[Record] = ray.get(self._board.take.remote())
             except ray.exceptions.RayError:
                 return  # the cluster is gone; the run's own error says so
             for record in records:

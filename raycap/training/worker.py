@@ -13,7 +13,6 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.actor import ActorHandle
 
 from raycap import storage
 from raycap.captioner import Captioner
@@ -33,7 +32,7 @@ from raycap.training.watch import MetricsFile
 STATE_FILE = "position.json"
 
 
-def train_worker(settings: dict[str, Any], board: ActorHandle) -> None:
+def train_worker(settings: dict[str, Any], board: Any) -> None:
     """Ray Train's function per worker. settings: {"config": fields of TrainConfig}. Returns early once the run has failed."""
     if ray.get(board.error.remote()):
         return  # restarted after an error that a restart does not mend: end, so that the driver can say it
@@ -52,7 +51,7 @@ def build_plan(config: TrainConfig, manifest: Manifest) -> Plan:
     return Plan(shard_sizes=sizes, global_batch_size=config.global_batch_size, seed=config.seed)
 
 
-def _run(config: TrainConfig, board: ActorHandle) -> None:
+def _run(config: TrainConfig, board: Any) -> None:
     torch.set_num_threads(config.cpus_per_worker)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's use, not ours
     context = ray.train.get_context()

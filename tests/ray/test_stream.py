@@ -40,7 +40,9 @@ def same(a: Batch, b: Batch) -> bool:
 
 
 @pytest.mark.parametrize(("rank", "world"), [(0, 1), (1, 3)])
-def test_the_stream_is_the_plan_of_each_rank_in_order_across_epochs(ray_cluster: str, demo: Demo, rank: int, world: int) -> None:
+def test_the_stream_is_the_plan_of_each_rank_in_order_across_epochs(
+    ray_cluster: str, demo: Demo, rank: int, world: int
+) -> None:
     source = source_of(demo, demo.train)
     plan = plan_of(source.manifest, 10)
     steps = 2 * plan.steps_per_epoch

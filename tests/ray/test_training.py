@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import Demo
+from runs import curve, records_of
 
 from raycap.captioner import Captioner
 from raycap.config import TrainConfig
@@ -26,33 +26,6 @@ from raycap.training.start import build_start
 
 pytestmark = pytest.mark.ray
 STEPS = 20
-
-
-@pytest.fixture
-def config(demo: Demo, tmp_path: Path) -> TrainConfig:
-    return small_run(demo, str(tmp_path / "run"))
-
-
-def small_run(demo: Demo, out: str) -> TrainConfig:
-    """A run of seconds: 96 images, 12 to a step, 8 steps an epoch, two micro steps on each of two workers."""
-    return TrainConfig(
-        train_shards=demo.train,
-        val_shards=demo.val,
-        tokenizer=demo.tokenizer,
-        out=out,
-        image_size=32,
-        max_tokens=20,
-        max_new_tokens=6,
-        epochs=3,
-        global_batch_size=12,
-        micro_batch_size=3,
-        captions_per_image=2,
-        lr=3e-3,
-        warmup_steps=3,
-        eval_every=12,
-        checkpoint_every=4,
-        log_every=1,
-    )
 
 
 def inputs(config: TrainConfig) -> tuple[Plan, Source, Any, Any]:
@@ -179,23 +152,6 @@ def test_two_workers_under_every_zero_stage_lose_what_a_plain_pytorch_loop_loses
     assert "ZeRO" in results["3"]["optimizer"] or "Stage3" in results["3"]["optimizer"]
 
 
-def records_of(out: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-
-
-def curve(out: str) -> list[tuple[int, int, float]]:
-    """(step, digest of the batch's keys, loss) of every step."""
-    return [(r["step"], r["batch_digest"], r["loss"]) for r in records_of(out) if "loss" in r]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(demo: Demo, ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    """A run to its end."""
-    config = small_run(demo, str(tmp_path_factory.mktemp("undisturbed") / "run"))
-    train_blip(config)
-    return config
-
-
 def test_a_run_leaves_a_verified_checkpoint_the_last_ones_and_a_report(undisturbed: TrainConfig) -> None:
     out = Path(undisturbed.out)
     report = json.loads((out / "train.json").read_text())
@@ -246,7 +202,9 @@ def _kill_a_worker_at(out: str, step: int) -> None:
     while time.monotonic() < deadline:
         path = Path(out) / "metrics.jsonl"
         if path.exists() and any(json.loads(line)["step"] >= step for line in path.read_text().splitlines()):
-            workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+            workers = [
+                p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])
+            ]
             ours = {c.pid for c in psutil.Process().children(recursive=True)}
             max((p for p in workers if p.pid in ours), key=lambda p: p.pid).kill()
             return
@@ -254,16 +212,18 @@ def _kill_a_worker_at(out: str, step: int) -> None:
     raise AssertionError(f"the run did not reach step {step} in time")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_keys(
-    ray_cluster: str, config: TrainConfig
-) -> None:
-    with pytest.raises(TrainingError, match=r"the loss became (nan|inf) at step \d+ .* on the images \d{12}, .*--lr") as error:
+def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_keys(ray_cluster: str, config: TrainConfig) -> None:
+    with pytest.raises(
+        TrainingError, match=r"the loss became (nan|inf) at step \d+ .* on the images \d{12}, .*--lr"
+    ) as error:
         train_blip(replace(config, lr=1e30, clip_norm=0.0, warmup_steps=0))
     assert str(error.value).count("0000") >= 12
     assert not (Path(config.out) / "train.json").exists()
 
 
-def test_more_workers_than_the_cluster_holds_are_refused_at_once_with_both_numbers(ray_cluster: str, config: TrainConfig) -> None:
+def test_more_workers_than_the_cluster_holds_are_refused_at_once_with_both_numbers(
+    ray_cluster: str, config: TrainConfig
+) -> None:
     begun = time.monotonic()
     with pytest.raises(UserError, match=r"needs 24 CPUs .*--num-workers 12 .* has 8"):
         train_blip(replace(config, num_workers=12))

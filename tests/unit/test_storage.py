@@ -1,0 +1,168 @@
+"""raycap/storage.py on local paths: what is listed, that nothing half-written shows, and what a user reads when it fails."""
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from raycap import storage
+from raycap.errors import StorageError
+
+
+def everything_below(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
+
+
+def test_importing_storage_loads_no_s3_library() -> None:
+    code = "import sys, raycap.storage; print([m for m in ('boto3', 'botocore', 's3fs', 'fsspec') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_listing_is_recursive_sorted_and_filtered_by_suffix_in_any_case(tmp_path: Path) -> None:
+    for name in ("b.jpg", "a/x.JPG", "a/b/ü.png", "notes.txt", ".tmp-c.jpg-1234"):
+        storage.put(f"{tmp_path}/{name}", b"x")
+    assert storage.list_files(str(tmp_path)) == ["a/b/ü.png", "a/x.JPG", "b.jpg", "notes.txt"]
+    assert storage.list_files(f"{tmp_path}/", (".jpg", ".png")) == ["a/b/ü.png", "a/x.JPG", "b.jpg"]
+
+
+def test_listing_follows_a_link_to_a_folder_and_refuses_a_loop(tmp_path: Path) -> None:
+    storage.put(f"{tmp_path}/data/x.jpg", b"x")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "one").symlink_to(tmp_path / "data")
+    (tmp_path / "root" / "two").symlink_to(tmp_path / "data")
+    assert storage.list_files(f"{tmp_path}/root") == ["one/x.jpg", "two/x.jpg"]
+    (tmp_path / "data" / "back").symlink_to(tmp_path / "root")
+    with pytest.raises(StorageError, match="which contains it; remove that link"):
+        storage.list_files(f"{tmp_path}/root")
+
+
+def test_listing_refuses_a_missing_folder_and_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+    with pytest.raises(
+        StorageError, match=r"^cannot list '.*/nothing': No such file or directory \(2\); check the path$"
+    ):
+        storage.list_files(f"{tmp_path}/nothing")
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.jpg", "wb"):
+        pass
+    with pytest.raises(StorageError, match="is not UTF-8; rename that file"):
+        storage.list_files(str(tmp_path))
+
+
+@pytest.mark.parametrize("call", [storage.read_bytes, storage.exists, storage.list_files, storage.remove])
+@pytest.mark.parametrize("url", ["shards", "./shards", "gs://bucket/x", "s3:///x", "/a\0b", ""])
+def test_anything_but_an_absolute_path_or_an_s3_url_is_refused(call: object, url: str) -> None:
+    with pytest.raises(StorageError, match=r"neither an absolute path nor an s3:// URL|names no bucket"):
+        call(url)  # type: ignore[operator]
+
+
+def test_join_keeps_parts_verbatim() -> None:
+    assert storage.join("s3://b/train/", "/x//y/") == "s3://b/train//x//y/"
+    assert storage.join("/out", "_index", "a.json") == "/out/_index/a.json"
+
+
+def test_a_range_is_exact_or_refused(tmp_path: Path) -> None:
+    url = f"{tmp_path}/f"
+    storage.put(url, b"0123456789")
+    assert storage.read_range(url, 3, 7) == b"3456"
+    assert storage.read_range(url, 10, 10) == b""
+    with pytest.raises(StorageError, match=r"bytes 8 to 12 of '.*': got 2 bytes, not 4"):
+        storage.read_range(url, 8, 12)
+
+
+def test_a_file_is_created_once_and_never_changed_by_a_later_creation(tmp_path: Path) -> None:
+    url = f"{tmp_path}/a/b/unit"
+    assert storage.put_new(url, b"first")
+    assert not storage.put_new(url, b"second")
+    assert storage.read_bytes(url) == b"first"
+    assert everything_below(tmp_path) == ["a/b/unit"]
+
+
+def test_of_many_threads_that_create_one_file_exactly_one_wins(tmp_path: Path) -> None:
+    for round_ in range(20):
+        url, wins, barrier = f"{tmp_path}/{round_}", [], threading.Barrier(8)
+
+        def create(i: int, url: str = url, wins: list[int] = wins, barrier: threading.Barrier = barrier) -> None:
+            barrier.wait()
+            if storage.put_new(url, b"%d" % i):
+                wins.append(i)
+
+        threads = [threading.Thread(target=create, args=(i,)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(wins) == 1
+        assert storage.read_bytes(url) == b"%d" % wins[0]
+    assert everything_below(tmp_path) == sorted(str(round_) for round_ in range(20))
+
+
+def test_creating_a_file_removes_what_a_killed_writer_of_it_left(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-unit-0123456789ab").write_bytes(b"half of a fi")
+    (tmp_path / ".tmp-unit2-0123456789ab").write_bytes(b"of another file")
+    storage.put_new(f"{tmp_path}/unit", b"whole")
+    assert everything_below(tmp_path) == [".tmp-unit2-0123456789ab", "unit"]
+
+
+def test_replacing_leaves_the_old_bytes_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"{tmp_path}/f"
+    storage.put(url, b"old")
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    message = f"cannot write '{url}': No space left on device (28); free space or choose another --out"
+    with pytest.raises(StorageError) as caught:
+        storage.put(url, b"new")
+    assert str(caught.value) == message
+    with pytest.raises(StorageError):
+        storage.put_new(f"{tmp_path}/g", b"new")
+    assert storage.read_bytes(url) == b"old"
+    assert everything_below(tmp_path) == ["f"]
+
+
+def test_writing_below_a_file_says_so_in_one_sentence(tmp_path: Path) -> None:
+    storage.put(f"{tmp_path}/f", b"")
+    with pytest.raises(StorageError, match=r"^cannot write '.*/f/g': .*(20|17)\); choose another --out$"):
+        storage.put_new(f"{tmp_path}/f/g", b"x")
+
+
+def test_removing_twice_is_fine_and_a_folder_is_no_file(tmp_path: Path) -> None:
+    url = f"{tmp_path}/a/f"
+    storage.put(url, b"")
+    assert storage.exists(url)
+    assert not storage.exists(f"{tmp_path}/a")
+    storage.remove(url)
+    storage.remove(url)
+    assert not storage.exists(url)
+
+
+def test_a_folder_is_copied_with_its_marker_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("raycap.json", "model.safetensors", "sub/z.json"):
+        storage.put(f"{tmp_path}/from/{name}", name.encode())
+    storage.put(f"{tmp_path}/to/raycap.json", b"of an older upload")
+    order = []
+    copy = storage._local_copy
+
+    def watched(source: Path, target: Path) -> None:
+        order.append((target.name, storage.exists(f"{tmp_path}/to/raycap.json")))
+        copy(source, target)
+
+    monkeypatch.setattr(storage, "_local_copy", watched)
+    storage.upload_folder(f"{tmp_path}/from", f"{tmp_path}/to", last="raycap.json")
+    assert order == [("model.safetensors", False), ("z.json", False), ("raycap.json", False)]
+    storage.download_folder(f"{tmp_path}/to", f"{tmp_path}/back")
+    assert everything_below(tmp_path / "back") == everything_below(tmp_path / "from")
+    assert storage.read_bytes(f"{tmp_path}/back/sub/z.json") == b"sub/z.json"
+
+
+def test_copying_a_folder_without_its_marker_or_without_files_is_refused(tmp_path: Path) -> None:
+    storage.put(f"{tmp_path}/from/x", b"")
+    with pytest.raises(StorageError, match=r"there is no 'raycap.json' among its 1 files"):
+        storage.upload_folder(f"{tmp_path}/from", f"{tmp_path}/to", last="raycap.json")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(StorageError, match=r"^no files below '.*/empty' to download"):
+        storage.download_folder(f"{tmp_path}/empty", f"{tmp_path}/to")
