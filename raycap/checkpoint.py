@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -73,7 +73,7 @@ def save_checkpoint(root: str, weights: Weights, spec: CheckpointSpec, info: Map
             "versions": {name: version(name) for name in ("raycap", "torch", "transformers", "safetensors")},
             "files": files,
         }
-        _write_json(folder / SEAL, seal)
+        _write_json(folder / SEAL, seal | {"sha256": _seal_sha256(seal)})
 
 
 def load_checkpoint(root: str) -> tuple[CheckpointSpec, Weights]:
@@ -88,6 +88,8 @@ def load_checkpoint(root: str) -> tuple[CheckpointSpec, Weights]:
                 f"checkpoint {root!r} has format {seal.get('format_version')!r}, this raycap reads {FORMAT_VERSION}; install the "
                 f"raycap that wrote it ({seal.get('versions', {}).get('raycap', 'unknown')})"
             )
+        if seal.pop("sha256", None) != _seal_sha256(seal):
+            raise CheckpointError(f"checkpoint {root!r} is damaged: {SEAL!r} is not as it was written; copy it again")
         _verify(folder, seal["files"], root)
         spec = CheckpointSpec(
             kind=seal["kind"],
@@ -98,7 +100,8 @@ def load_checkpoint(root: str) -> tuple[CheckpointSpec, Weights]:
             decode=DecodeSettings(**seal["decode"]),
             info=seal["info"],
         )
-        return spec, _read_weights(folder, root)
+        # Only what the seal names: a file that somebody added is nobody's word.
+        return spec, _read_weights([folder / name for name in sorted(seal["files"])], root)
 
 
 def import_published(source: str, *, prompt: str, max_tokens: int) -> tuple[CheckpointSpec, Weights]:
@@ -118,11 +121,13 @@ def import_published(source: str, *, prompt: str, max_tokens: int) -> tuple[Chec
             raise CheckpointError(
                 f"{source!r} holds a model of type {kind!r}; raycap imports 'blip'; choose such a folder"
             )
-        image = _read_json(local / "preprocessor_config.json", source)
-        text_config = config["text_config"]
+        from transformers import BlipConfig
+
+        model_config = BlipConfig.from_dict(config).to_dict()  # older exports leave out what has its default
+        text_config = model_config["text_config"]
         spec = CheckpointSpec(
             kind=kind,
-            model_config=config,
+            model_config=model_config,
             tokenizer=load_tokenizer(str(local)),
             text=TextSpec(
                 prompt=prompt,
@@ -131,13 +136,29 @@ def import_published(source: str, *, prompt: str, max_tokens: int) -> tuple[Chec
                 eos_id=text_config["sep_token_id"],  # BLIP ends captions with [SEP]; its eos_token_id is a left-over
                 pad_id=text_config["pad_token_id"],
             ),
-            image=ImageSpec.from_dict(
-                {"size": image["size"]["height"], "mean": image["image_mean"], "std": image["image_std"]}
-            ),
+            image=_published_image_spec(local, source),
             decode=DecodeSettings(),
             verified=False,
         )
-        return spec, _read_weights(local, source)
+        return spec, _read_weights(sorted(local.iterdir()), source)
+
+
+def _published_image_spec(folder: Path, source: str) -> ImageSpec:
+    """What preprocessor_config.json says, or processor_config.json, where transformers 5 puts it."""
+    if not (folder / "preprocessor_config.json").exists() and (folder / "processor_config.json").exists():
+        name, image = "processor_config.json", _read_json(folder / "processor_config.json", source)
+        image = image.get("image_processor", {})
+    else:
+        name, image = "preprocessor_config.json", _read_json(folder / "preprocessor_config.json", source)
+    size = image.get("size")
+    if isinstance(size, dict) and size.get("height") == size.get("width"):
+        size = size.get("height")
+    if not isinstance(size, int) or not {"image_mean", "image_std"} <= image.keys():
+        raise CheckpointError(
+            f"{name} of {source!r} has no square size, image_mean and image_std (size: {image.get('size')!r}); raycap resizes "
+            f"images to a square: choose a folder of BLIP's own preprocessing"
+        )
+    return ImageSpec.from_dict({"size": size, "mean": image["image_mean"], "std": image["image_std"]})
 
 
 def load_model(spec: CheckpointSpec, weights: Weights, source: str) -> CaptionModel:
@@ -224,8 +245,8 @@ def _verify(folder: Path, files: Mapping[str, Mapping[str, Any]], root: str) -> 
             )
 
 
-def _read_weights(folder: Path, source: str) -> Weights:
-    files = sorted(folder.glob("*.safetensors"))
+def _read_weights(candidates: Sequence[Path], source: str) -> Weights:
+    files = [path for path in candidates if path.suffix == ".safetensors"]
     if not files:
         raise CheckpointError(
             f"{source!r} holds no *.safetensors file; raycap loads no pickled weights: convert them with transformers' save_pretrained"
@@ -258,6 +279,11 @@ def _read_json(path: Path, root: str) -> dict[str, Any]:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _seal_sha256(seal: Mapping[str, Any]) -> str:
+    """Of the seal's own fields, which hold the prompt and the image size: they must not change unnoticed either."""
+    return hashlib.sha256(json.dumps(seal, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:
@@ -293,16 +319,23 @@ def _new_folder(root: str) -> Iterator[Path]:
     fresh = target.with_name(f".{target.name}.new-{os.getpid()}")
     stale = target.with_name(f".{target.name}.old-{os.getpid()}")
     try:
+        shutil.rmtree(fresh, ignore_errors=True)  # of a killed process that had our number, as in a new container
         fresh.mkdir(parents=True)
         yield fresh
         if target.exists():
+            shutil.rmtree(stale, ignore_errors=True)
             target.rename(stale)
-        fresh.rename(target)
+        try:
+            fresh.rename(target)
+        except OSError:
+            if stale.exists():
+                stale.rename(target)
+            raise
+        shutil.rmtree(stale, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"cannot write checkpoint {root!r}: {error}; free space or choose another --out") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(stale, ignore_errors=True)
 
 
 def _download_from_hub(name: str) -> str:
@@ -316,6 +349,6 @@ def _download_from_hub(name: str) -> str:
         return snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"])
     except Exception as error:  # the hub client has dozens of types here; each means the same to the user
         raise CheckpointError(
-            f"cannot get {name!r} from the model hub ({type(error).__name__}: {str(error).splitlines()[0]}); check the name and the "
+            f"cannot get {name!r} from the model hub ({type(error).__name__}: {str(error).partition(chr(10))[0]}); check the name and the "
             f"network, or give a local folder"
         ) from error

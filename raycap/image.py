@@ -5,9 +5,7 @@ Owns no batching and no normalisation (that happens on the model's device, see `
 
 import contextlib
 import io
-import struct
 import warnings
-import zlib
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,8 +26,18 @@ MAX_PIXELS = 50_000_000  # a 10.8 KB PNG can claim 88 million; Pillow refuses on
 MAX_ASPECT = 100
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
-# What Pillow's plugins let through on damaged files, beside OSError.
-_DAMAGE = (OSError, ValueError, SyntaxError, TypeError, IndexError, KeyError, EOFError, OverflowError, MemoryError)
+# What else lies in folders of images, by its first bytes: told apart from what is no image, never parsed.
+_OTHER_FORMATS = {
+    b"%!PS": "EPS",
+    b"%PDF": "PDF",
+    b"8BPS": "PSD",
+    b"\0\0\1\0": "ICO",
+    b"\0\0\0\x0cjP  ": "JPEG 2000",
+    b"\0\0\0\x0cJXL ": "JPEG XL",
+    b"\xff\x0a": "JPEG XL",
+    **{b"P%d%c" % (number, space): "PNM" for number in range(1, 7) for space in b" \t\r\n"},
+    **{b"ftyp" + brand: "HEIC" for brand in (b"heic", b"heix", b"mif1", b"msf1")},
+}
 
 
 def decode_image(data: bytes) -> Pixels:
@@ -51,12 +59,30 @@ def decode_image(data: bytes) -> Pixels:
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise ImageError(ErrorKind.NOT_AN_IMAGE, f"no image of the formats {', '.join(FORMATS)}") from error
+        raise _unidentified(data) from error
     except Image.DecompressionBombError as error:
         raise ImageError(ErrorKind.TOO_MANY_PIXELS, str(error)) from error
-    except (*_DAMAGE, struct.error, zlib.error) as error:
+    except Exception as error:  # Pillow's plugins raise a dozen types on damaged bytes, AVIF's a bare RuntimeError
         kind = ErrorKind.TRUNCATED if "truncated" in str(error).lower() else ErrorKind.CORRUPT
         raise ImageError(kind, f"the image cannot be decoded: {error}") from error
+
+
+def _unidentified(data: bytes) -> ImageError:
+    """What to say of bytes that no decoder takes: a damaged header, a format that is not read, or no image at all."""
+    for name in FORMATS:
+        _, accepts = Image.OPEN[name]
+        if accepts and accepts(data[:16]):
+            return ImageError(ErrorKind.CORRUPT, f"the image begins as {name} but its header cannot be read")
+    for start, name in _OTHER_FORMATS.items():
+        if data.startswith(start) or (name == "HEIC" and data[4:].startswith(start)):
+            return _unsupported(name)
+    if data.lstrip().startswith((b"<svg", b"<?xml")) and b"<svg" in data[:1000]:
+        return _unsupported("SVG")
+    return ImageError(ErrorKind.NOT_AN_IMAGE, f"no image of the formats {', '.join(FORMATS)}")
+
+
+def _unsupported(name: str) -> ImageError:
+    return ImageError(ErrorKind.UNSUPPORTED_FORMAT, f"{name} is not read; convert it to one of {', '.join(FORMATS)}")
 
 
 def _check_dimensions(width: int, height: int) -> None:
@@ -67,7 +93,7 @@ def _check_dimensions(width: int, height: int) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Pixels:
-    with contextlib.suppress(*_DAMAGE):  # broken EXIF says nothing about the pixels
+    with contextlib.suppress(Exception):  # broken EXIF says nothing about the pixels
         image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ImageError(ErrorKind.UNSUPPORTED_MODE, "floating-point pixels have no defined range")
@@ -81,7 +107,16 @@ def _to_rgb(image: Image.Image) -> Pixels:
 
 
 def prepare_image(image: Pixels, spec: ImageSpec) -> Pixels:
-    """uint8 (3, S, S) of a uint8 RGB (H, W, 3) image: bicubic to a square, as BLIP's own preprocessing squeezes it."""
+    """uint8 (3, S, S) of a uint8 RGB (H, W, 3) image: bicubic to a square, as BLIP's own preprocessing squeezes it.
+
+    Raises ImageError for another array, and for one that decode_image would call too thin or too large.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ImageError(
+            ErrorKind.UNSUPPORTED_MODE,
+            f"an array of {image.dtype} {image.shape} is no uint8 RGB image (height, width, 3); convert it",
+        )
+    _check_dimensions(image.shape[1], image.shape[0])
     if image.shape[:2] != (spec.size, spec.size):
         resized = Image.fromarray(image).resize((spec.size, spec.size), Image.Resampling.BICUBIC)
         image = np.asarray(resized)

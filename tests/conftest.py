@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from s3_server import run_s3_server
 
 from raycap import storage
+from raycap.config import TrainConfig
 from raycap.datasets.coco import read_coco
 from raycap.datasets.demo import write_demo
 from raycap.schema import Sample
@@ -93,7 +95,14 @@ def compiler_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(compiler_log: Path) -> Iterator[str]:
+def s3_endpoint() -> Iterator[str]:
+    """An S3 server of the whole session; its environment is that of the Ray workers too."""
+    with run_s3_server() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(compiler_log: Path, s3_endpoint: str) -> Iterator[str]:
     """The address of one local Ray with 8 logical CPUs, which this process and the jobs it starts connect to."""
     import ray
 
@@ -126,3 +135,23 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+@pytest.fixture
+def config(demo: Demo, tmp_path: Path) -> TrainConfig:
+    """The small run, not started."""
+    from runs import small_run
+
+    return small_run(demo, str(tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(demo: Demo, ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """The small run, run to its end."""
+    from runs import small_run
+
+    from raycap.training.driver import train_blip
+
+    config = small_run(demo, str(tmp_path_factory.mktemp("undisturbed") / "run"))
+    train_blip(config)
+    return config

@@ -1,8 +1,8 @@
 """METEOR 1.5 through pycocoevalcap's jar, for tokenised captions. Owns its Java process and its paraphrase table.
 
 pycocoevalcap's own wrapper lets Java load 5.3 million paraphrases, which takes 8 s and 2 GB, and dies with "could not
-convert string to float" when Java does. Here Java loads only the paraphrases whose words all occur in the captions.
-No other entry can match, so scores stay equal to the last digit.
+convert string to float" when Java does. Here Java loads only the paraphrases that occur in the captions. No other
+entry can match, so scores stay equal to the last digit.
 """
 
 import gzip
@@ -27,25 +27,39 @@ READ_BYTES = 1 << 16  # of compressed table at a time; larger blocks fall out of
 # An entry is three lines: probability, phrase, paraphrase. Those of one phrase are neighbours: one match takes all.
 PHRASE_GROUP = re.compile(rb".*+\n(.*+\n).*+\n(?:.*+\n\1.*+\n)*+")
 WORD_RUN = re.compile(rb"[a-z0-9]+")
+DOTS = re.compile(rb"\.\.+")  # these part words, single dots inside a word do not
+NUM_WORDS = 4  # of a phrase are looked at: seven of eight phrases are no longer
 
 
 def write_paraphrases(captions: Iterable[str], path: Path) -> None:
     """Writes the part of METEOR's paraphrase table that can match in these captions, gzipped, in the table's order.
 
-    captions: tokenised, lower case. METEOR splits them further at punctuation and deletes the dots of abbreviations, so
-    words are compared as runs of ASCII letters and digits, with dots as separators and without. That keeps too much
-    rather than too little.
+    captions: tokenised, lower case. An entry matches only where both its phrases stand in captions word for word, so it
+    is kept if the first words of both do. METEOR splits captions further, at punctuation alone, and deletes the dots of
+    abbreviations: words are compared as runs of ASCII letters and digits without single dots. That keeps an entry too
+    many here and there, and drops none that could match.
     """
-    text = "\n".join(captions)
-    without_dots = re.sub(r"\.\.+", " ", text).replace(".", "")
-    known = {*WORD_RUN.findall(text.encode()), *WORD_RUN.findall(without_dots.encode())}.issuperset
+    known = {b""}  # phrases of punctuation alone
+    for caption in captions:
+        words = _words(caption.encode())
+        known.update(
+            b" ".join(words[start : start + length])
+            for length in range(1, NUM_WORDS + 1)
+            for start in range(len(words))
+        )
     with gzip.open(path, "wb", compresslevel=1) as table:
         for entries, phrase in _phrase_groups():
-            if known(WORD_RUN.findall(phrase)):
+            if b" ".join(_words(phrase)[:NUM_WORDS]) in known:
                 lines = entries.split(b"\n")
-                pairs = zip(lines[0:-1:3], lines[2:-1:3], strict=True)
-                kept = [b"%b\n%b%b\n" % (p, phrase, other) for p, other in pairs if known(WORD_RUN.findall(other))]
-                table.write(b"".join(kept))
+                for probability, other in zip(lines[0:-1:3], lines[2:-1:3], strict=True):
+                    if b" ".join(_words(other)[:NUM_WORDS]) in known:
+                        table.write(b"%b\n%b%b\n" % (probability, phrase, other))
+
+
+def _words(text: bytes) -> list[bytes]:
+    if b"." in text:
+        text = DOTS.sub(b" ", text).replace(b".", b"")
+    return WORD_RUN.findall(text)
 
 
 def _phrase_groups() -> Iterator[tuple[bytes, bytes]]:

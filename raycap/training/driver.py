@@ -21,15 +21,7 @@ from raycap.training.watch import Board, Display
 from raycap.training.worker import build_plan, train_worker
 
 # May differ when a run is resumed: they do not change what is computed.
-FREE_FIELDS = (
-    "cpus_per_worker",
-    "cpus_for_data",
-    "max_failures",
-    "keep_last",
-    "log_every",
-    "checkpoint_every",
-    "micro_batch_size",
-)
+FREE_FIELDS = ("cpus_per_worker", "cpus_for_data", "max_failures", "keep_last", "log_every", "checkpoint_every")
 
 
 def train_blip(config: TrainConfig) -> None:
@@ -107,7 +99,7 @@ def _trainer(config: TrainConfig, board: Any, use_gpu: bool) -> TorchTrainer:
         ),
         run_config=RunConfig(
             name="state",
-            storage_path=config.out,
+            storage_path=config.out.removeprefix("s3://"),
             storage_filesystem=_s3_filesystem() if storage.is_url(config.out) else None,
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             # Ray's default would try again for ever what the cluster cannot schedule.
@@ -155,7 +147,10 @@ def _s3_filesystem() -> Any:
     """Ray Train's view of S3, with the endpoint that the rest of raycap takes from the environment."""
     from pyarrow.fs import S3FileSystem
 
-    return S3FileSystem(endpoint_override=os.environ.get("AWS_ENDPOINT_URL"))
+    scheme, _, endpoint = (os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")).rpartition(
+        "://"
+    )
+    return S3FileSystem(scheme=scheme or "https", endpoint_override=endpoint or None)
 
 
 def _cause(error: BaseException) -> str:

@@ -58,6 +58,7 @@ def _fresh_spec(config: TrainConfig) -> CheckpointSpec:
             "num_hidden_layers": size["vision_layers"],
             "patch_size": size["patch_size"],
             "image_size": config.image_size,
+            "initializer_range": 0.02,  # timm's ViT; Hugging Face's default for BLIP is 1e-10, a tower that sees nothing
         },
         text_config={
             **shared,

@@ -85,7 +85,11 @@ class Display:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="raycap-display", daemon=True)
         self._console = Console()
-        self._live = Live(console=self._console, refresh_per_second=4, transient=True) if sys.stdout.isatty() else None
+        self._live = (
+            Live(Text("starting the workers"), console=self._console, refresh_per_second=4, transient=True)
+            if sys.stdout.isatty()
+            else None
+        )
 
     def __enter__(self) -> "Display":
         if self._live:
@@ -121,17 +125,18 @@ class Display:
         elif self._live is None:
             show(record, lambda line: print(line, flush=True))
         elif "lr" in record:
-            share = record["step"] / self._num_steps
-            bar = "━" * round(24 * share)
+            bar = "━" * round(8 * record["step"] / self._num_steps)
             self._live.update(
                 Text(
-                    f"{bar:<24} step {record['step']}/{self._num_steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
-                    f"{record['images_per_s']:.0f} images/s  {record['captions_per_s']:.0f} captions/s  data wait "
-                    f"{record['data_wait_percent']:.0f} %  ETA {record['eta_s']} s"
+                    f"{bar:<8} step {record['step']}/{self._num_steps} loss {record['loss']:.3f} lr {record['lr']:.1e} "
+                    f"{record['images_per_s']:.0f} images/s {record['captions_per_s']:.0f} captions/s "
+                    f"data wait {record['data_wait_percent']:.0f} % ETA {record['eta_s']} s",
+                    no_wrap=True,
+                    overflow="ellipsis",
                 )
             )
         else:
-            show(record, self._console.print)
+            show(record, lambda line: self._console.print(line, highlight=False))
 
 
 def _short(value: Any) -> str:

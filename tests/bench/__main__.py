@@ -42,7 +42,17 @@ def demo() -> Line:
         wall_s = time.perf_counter() - begun
         metrics = json.loads((Path(folder) / "metrics.json").read_text())["metrics"]
         train_s = json.loads((Path(folder) / "train.json").read_text())["wall_s"]
-    return line("demo", [wall_s], "s", 420, 240, train_s=train_s, cider=round(metrics["cider"], 3), cider_must=0.8, cider_aim=1.5)
+    return line(
+        "demo",
+        [wall_s],
+        "s",
+        420,
+        240,
+        train_s=train_s,
+        cider=round(metrics["cider"], 3),
+        cider_must=0.8,
+        cider_aim=1.5,
+    )
 
 
 def help_time() -> Line:
@@ -71,4 +81,6 @@ if __name__ == "__main__":
         print(json.dumps(result))
     if len(results) > 1:
         for result in results:
-            print(f"{result['name']:<12} {result['ours']:>10} {result['unit']:<4} must {result['must']} aim {result['aim']}")
+            print(
+                f"{result['name']:<12} {result['ours']:>10} {result['unit']:<4} must {result['must']} aim {result['aim']}"
+            )

@@ -164,7 +164,21 @@ MISTAKES = {
     "an unknown flag": (["jobs/evaluate.py", "--chekpoint", "/x"], r"--chekpoint"),
     "no demo to evaluate": (["jobs/evaluate.py"], r"run make demo"),
     "more workers than CPUs": (
-        ["jobs/train_blip.py", "--train-shards", "{shards}", "--val-shards", "{shards}", "--tokenizer", "{tokenizer}", "--num-workers", "12", "--global-batch-size", "12", "--out", "{tmp}/o"],
+        [
+            "jobs/train_blip.py",
+            "--train-shards",
+            "{shards}",
+            "--val-shards",
+            "{shards}",
+            "--tokenizer",
+            "{tokenizer}",
+            "--num-workers",
+            "12",
+            "--global-batch-size",
+            "12",
+            "--out",
+            "{tmp}/o",
+        ],
         r"needs 24 CPUs .* has 8",
     ),
 }

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import EOS_ID, tiny_blip_pair
 from torch import Tensor
+from transformers import BlipForConditionalGeneration
 
 from raycap.decoding.greedy import Decoded, greedy
 from raycap.decoding.protocol import CaptionModel, DecodeState
@@ -19,6 +20,14 @@ BOS_ID = 58
 
 def images(count: int) -> Tensor:
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def pair_that_ends_captions() -> tuple[Blip, BlipForConditionalGeneration]:
+    ours, published = tiny_blip_pair(seed=3)
+    with torch.no_grad():  # random weights rarely end a caption by themselves
+        for model in (ours, published):
+            model.text_decoder.get_parameter("cls.predictions.bias")[EOS_ID] += 2.0
+    return ours, published
 
 
 class Scripted:
@@ -52,10 +61,7 @@ def test_blip_fits_the_protocol() -> None:
 @pytest.mark.parametrize("prompt", [[BOS_ID], [BOS_ID, 7, 8, 9]], ids=["no prompt", "prompt"])
 @pytest.mark.parametrize("min_new_tokens", [0, 6])
 def test_captions_of_different_lengths_equal_those_of_transformers(prompt: list[int], min_new_tokens: int) -> None:
-    ours, published = tiny_blip_pair(seed=3)
-    with torch.no_grad():  # random weights rarely end a caption by themselves
-        ours.text_decoder.get_parameter("cls.predictions.bias")[EOS_ID] += 2.0
-        published.text_decoder.cls.predictions.bias[EOS_ID] += 2.0
+    ours, published = pair_that_ends_captions()
     pixel_values, prompt_ids = images(24), torch.tensor(prompt)
     settings = DecodeSettings(max_new_tokens=15, min_new_tokens=min_new_tokens)
     decoded = greedy(ours, ours.encode_image(pixel_values), prompt_ids, eos_id=EOS_ID, settings=settings)
@@ -73,15 +79,10 @@ def test_captions_of_different_lengths_equal_those_of_transformers(prompt: list[
 
 
 def test_the_score_is_the_mean_log_probability_with_the_end_token() -> None:
-    ours, published = tiny_blip_pair()
-    pixel_values = images(4)
-    decoded = greedy(
-        ours,
-        ours.encode_image(pixel_values),
-        torch.tensor([BOS_ID, 7]),
-        eos_id=EOS_ID,
-        settings=DecodeSettings(max_new_tokens=6),
-    )
+    ours, published = pair_that_ends_captions()
+    pixel_values, settings = images(12), DecodeSettings(max_new_tokens=6)
+    decoded = greedy(ours, ours.encode_image(pixel_values), torch.tensor([BOS_ID, 7]), eos_id=EOS_ID, settings=settings)
+    assert len({len(d.ids) == 6 for d in decoded}) == 2  # with and without an end token
     for pixels, caption in zip(pixel_values, decoded, strict=True):
         new_ids = [*caption.ids, EOS_ID][:6]
         text = torch.tensor([[BOS_ID, 7, *new_ids]])

@@ -1,0 +1,274 @@
+"""raycap/storage.py and units.py on S3: one winner of every race, keys verbatim, sentences instead of stack traces."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from s3_server import BUCKET, PAGE, client, free_port, run_s3_server
+
+from raycap import storage, units
+from raycap.data import prepare
+from raycap.errors import StorageError
+from raycap.schema import SampleRef
+from raycap.shards import read_manifest, read_run
+
+pytestmark = pytest.mark.s3
+ROOT = f"s3://{BUCKET}"
+ODD_KEYS = (
+    "a//b.jpg",
+    "./x.jpg",
+    "../y.jpg",
+    "/lead.jpg",
+    "trail/",
+    "ü/日本.JPG",
+    "a b+c%20d.jpg",
+    "q?versionId=1&x#y.jpg",
+)
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    with run_s3_server() as endpoint:
+        yield endpoint
+
+
+def test_keys_are_listed_and_read_verbatim(endpoint: str) -> None:
+    root = f"{ROOT}/odd"
+    for key in ODD_KEYS:
+        client().put_object(Bucket=BUCKET, Key=f"odd/{key}", Body=key.encode())
+    client().put_object(Bucket=BUCKET, Key="odd/", Body=b"")
+    storage.put(f"{ROOT}/odd2/not-below", b"")
+    for spelling in (root, root + "/"):
+        names = storage.list_files(spelling)
+        assert names == sorted(ODD_KEYS)
+        assert [storage.read_bytes(storage.join(spelling, name)).decode() for name in names] == names
+    assert storage.list_files(root, (".jpg",)) == sorted(key for key in ODD_KEYS if key != "trail/")
+    for key in ODD_KEYS:
+        assert not storage.put_new(storage.join(root, key), b"again")
+        storage.remove(storage.join(root, key))
+        assert not storage.exists(storage.join(root, key))
+
+
+def test_a_listing_goes_on_after_its_first_page(endpoint: str) -> None:
+    for i in range(2 * PAGE + 3):
+        storage.put(f"{ROOT}/many/{i:05d}", b"")
+    assert len(client().list_objects_v2(Bucket=BUCKET, Prefix="many/")["Contents"]) == PAGE
+    assert storage.list_files(f"{ROOT}/many") == [f"{i:05d}" for i in range(2 * PAGE + 3)]
+
+
+def test_nothing_below_a_prefix_is_an_empty_list_and_a_missing_bucket_is_an_error(endpoint: str) -> None:
+    assert storage.list_files(f"{ROOT}/nothing/here") == []
+    assert units.done(f"{ROOT}/nothing/here", ".json") == set()
+    for call in (storage.list_files, storage.read_bytes, lambda url: storage.put_new(url, b"")):
+        with pytest.raises(StorageError, match=f"bucket 'no-such-bucket' does not exist at {endpoint}; create it"):
+            call("s3://no-such-bucket/x")
+    with pytest.raises(StorageError, match=rf"^cannot read '{ROOT}/gone': bucket '{BUCKET}' has no such key"):
+        storage.read_bytes(f"{ROOT}/gone")
+
+
+def test_a_range_is_exact_or_refused(endpoint: str) -> None:
+    url = f"{ROOT}/range"
+    storage.put(url, b"0123456789")
+    assert storage.read_range(url, 3, 7) == b"3456"
+    for start, stop in ((8, 12), (10, 11)):
+        with pytest.raises(StorageError, match=r"cannot read"):
+            storage.read_range(url, start, stop)
+
+
+def test_of_eight_threads_that_create_one_object_exactly_one_wins(endpoint: str) -> None:
+    for round_ in range(4):
+        url, wins, barrier = f"{ROOT}/race/{round_}", [], threading.Barrier(8)
+
+        def create(i: int, url: str = url, wins: list[int] = wins, barrier: threading.Barrier = barrier) -> None:
+            barrier.wait()
+            if storage.put_new(url, b"%d" % i):
+                wins.append(i)
+
+        threads = [threading.Thread(target=create, args=(i,)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(wins) == 1
+        assert storage.read_bytes(url) == b"%d" % wins[0]
+
+
+FORKS = """
+import os, sys
+from raycap import storage
+url = sys.argv[1]
+storage.put(url + "-parent", b"the parent has a client, a lock and an open connection before it forks")
+storage._clients_lock.acquire()  # as if another thread of the parent made a client right now
+children = []
+for i in range(8):
+    if (pid := os.fork()) == 0:
+        os._exit(10 + storage.put_new(url, b"%d" % i))
+    children.append(pid)
+print(sorted(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children))
+"""
+
+
+def test_of_eight_forked_processes_that_create_one_object_exactly_one_wins(endpoint: str) -> None:
+    command = [sys.executable, "-c", FORKS, f"{ROOT}/forked"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == str([10] * 7 + [11]), done.stderr
+
+
+def test_a_large_body_is_created_once_too(endpoint: str) -> None:
+    url, size = f"{ROOT}/large", 60 * 2**20
+    assert storage.put_new(url, b"1" * size)
+    assert not storage.put_new(url, b"2" * size)
+    assert storage.read_range(url, size - 3, size) == b"111"
+    storage.remove(url)
+
+
+def test_a_reply_that_got_lost_is_resolved_by_comparing(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from botocore.exceptions import ClientError
+
+    class LosesTheFirstReply:
+        def __init__(self, inner: Any) -> None:
+            self.inner, self.puts = inner, 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+        def put_object(self, **request: Any) -> Any:
+            answer = self.inner.put_object(**request)
+            self.puts += 1
+            if self.puts == 1:
+                raise ClientError({"Error": {"Code": "503", "Message": "after the object was stored"}}, "PutObject")
+            return answer
+
+    lossy = LosesTheFirstReply(storage._client())
+    monkeypatch.setattr(storage, "_client", lambda: lossy)
+    monkeypatch.setattr(storage, "_BUSY_DELAYS_S", (0.01,))
+    assert not units.commit(f"{ROOT}/lost", b"ours")
+    assert storage.read_bytes(f"{ROOT}/lost") == b"ours"
+    with pytest.raises(StorageError, match="holds another run's 'lost'"):
+        units.commit(f"{ROOT}/lost", b"theirs")
+
+
+def test_a_busy_server_is_asked_again_and_a_broken_one_is_reported(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from botocore.exceptions import ClientError
+
+    monkeypatch.setattr(storage, "_BUSY_DELAYS_S", (0.0, 0.0))
+    answers = ["SlowDown", "SlowDown", "ok", "SlowDown", "SlowDown", "SlowDown", "Teapot"]
+
+    def request(client: object) -> str:
+        if (code := answers.pop(0)) != "ok":
+            raise ClientError({"Error": {"Code": code, "Message": ""}}, "GetObject")
+        return code
+
+    assert storage._s3("read", f"{ROOT}/x", request) == "ok"
+    for code in ("SlowDown", "Teapot"):
+        with pytest.raises(StorageError, match=f"^cannot read '{ROOT}/x': {endpoint} answers {code} "):
+            storage._s3("read", f"{ROOT}/x", request)
+    assert answers == []
+
+
+def test_a_folder_goes_up_and_comes_back_with_its_marker_last(
+    endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"raycap.json": b"{}", "sub/z.json": b"z", "model.safetensors": os.urandom(9 * 2**20)}  # two parts
+    for name, data in files.items():
+        storage.put(f"{tmp_path}/from/{name}", data)
+    url, order, upload = f"{ROOT}/checkpoint", [], storage._upload
+    storage.put(f"{url}/raycap.json", b"of an older upload")
+
+    def watched(source: str, target: str) -> None:
+        order.append((target.removeprefix(url + "/"), storage.exists(f"{url}/raycap.json")))
+        upload(source, target)
+
+    monkeypatch.setattr(storage, "_upload", watched)
+    storage.upload_folder(f"{tmp_path}/from", url, last="raycap.json")
+    assert order == [("model.safetensors", False), ("sub/z.json", False), ("raycap.json", False)]
+    storage.download_folder(url, f"{tmp_path}/back")
+    assert {name: storage.read_bytes(f"{tmp_path}/back/{name}") for name in files} == files
+    storage.put(f"{url}/../escape", b"")
+    with pytest.raises(StorageError, match="is no file name; rename the key"):
+        storage.download_folder(url, f"{tmp_path}/back")
+    with pytest.raises(StorageError, match="bucket 'no-such-bucket' does not exist"):
+        storage.upload_folder(f"{tmp_path}/from", "s3://no-such-bucket/x", last="raycap.json")
+
+
+def test_an_endpoint_that_refuses_connections_fails_within_seconds(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", dead)
+    start = time.monotonic()
+    with pytest.raises(StorageError, match=rf"nothing answers at {dead} .*check AWS_ENDPOINT_URL and the network"):
+        storage.list_files(f"{ROOT}/x")
+    assert time.monotonic() - start < 12
+
+
+def test_an_endpoint_that_drops_connections_fails_after_its_attempts(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert storage._ATTEMPTS * storage._CONNECT_TIMEOUT_S + 1 + 2 < 12  # with standard mode's longest backoff
+    monkeypatch.setattr(storage, "_CONNECT_TIMEOUT_S", 0.2)
+    with socket.socket() as full:  # its queue holds one connection; further ones get no answer
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        queued = [socket.socket() for _ in range(2)]
+        for waiting in queued:
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{full.getsockname()[1]}")
+        with pytest.raises(StorageError, match=r"nothing answers at http://127.0.0.1:\d+ \(ConnectTimeoutError\)"):
+            storage.exists(f"{ROOT}/x")
+        for waiting in queued:
+            waiting.close()
+
+
+def test_missing_credentials_are_named(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    with pytest.raises(StorageError, match=r"there are no credentials for .*; set AWS_ACCESS_KEY_ID"):
+        storage.read_bytes(f"{ROOT}/x")
+
+
+def test_shards_prepared_on_s3_are_the_bytes_of_local_ones(
+    endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def in_sequence(pending: dict[str, list[SampleRef]], out: str, add: Callable[[int], None]) -> str | None:
+        for name, refs in pending.items():
+            prepare.pack_unit(out, name, refs)
+            add(len(refs))
+        return None
+
+    monkeypatch.setattr(prepare, "_run", in_sequence)
+    images = [{"id": i, "file_name": f"a/{i}.ü.jpg"} for i in range(30)]
+    captions = [{"id": i, "image_id": i, "caption": f"caption {i}"} for i in range(30)]
+    document = json.dumps({"images": images, "annotations": captions}).encode()
+    for root in (str(tmp_path), f"{ROOT}/coco"):
+        storage.put(f"{root}/captions.json", document)
+        for i in range(30):
+            storage.put(f"{root}/images/a/{i}.ü.jpg", b"image %d" % i * 100)
+        prepare.prepare_shards(f"{root}/captions.json", f"{root}/images", f"{root}/out", samples_per_shard=8)
+    names = storage.list_files(f"{tmp_path}/out")
+    assert names == storage.list_files(f"{ROOT}/coco/out")
+    plan = "_index/plan.json"  # names the images' root
+    assert all(
+        storage.read_bytes(f"{tmp_path}/out/{name}") == storage.read_bytes(f"{ROOT}/coco/out/{name}")
+        for name in names
+        if name != plan
+    )
+    manifest = read_manifest(f"{ROOT}/coco/out")
+    local = read_manifest(f"{tmp_path}/out")
+    assert manifest.fingerprint == local.fingerprint
+    assert read_run(manifest.root, manifest.shards[1], 2, 5) == read_run(local.root, local.shards[1], 2, 5)
+    with pytest.raises(StorageError, match=r"no shards at .*; run jobs/prepare_shards.py first"):
+        read_manifest(f"{ROOT}/coco")
