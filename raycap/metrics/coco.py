@@ -47,7 +47,7 @@ def coco_scores(
 
     An empty candidate, or one of punctuation alone, is a caption without words: it scores 0 for its key, and the corpus
     values count it as upstream does. Line breaks inside a caption are read as spaces. 400 x 5 captions take about 4 s
-    on 2 cores, 5,000 x 5 about 30 s. Several scorings may run at once.
+    on 2 cores, 5,000 x 5 about 10 s. Several scorings may run at once.
 
     Raises ValueError where keys differ or a key has no reference (check_pairs) and for text that is not Unicode,
     RaycapError when the time is up or when a process of the scoring dies.

@@ -41,7 +41,7 @@ def write_paraphrases(captions: Iterable[str], path: Path) -> None:
     """
     known = {b""}  # phrases of punctuation alone
     for caption in captions:
-        words = _words(caption.encode())
+        words = _words(_without_separator(caption).encode())
         known.update(
             b" ".join(words[start : start + length])
             for length in range(1, NUM_WORDS + 1)
@@ -117,8 +117,11 @@ def meteor(
 
 def _score_line(candidate: str, references: Sequence[str]) -> str:
     """One request of METEOR's line protocol, whose separator must not occur in a caption."""
-    captions = [caption.replace("|||", "").replace("  ", " ") for caption in (*references, candidate)]
-    return " ||| ".join(["SCORE", *captions])
+    return " ||| ".join(["SCORE", *map(_without_separator, (*references, candidate))])
+
+
+def _without_separator(caption: str) -> str:
+    return caption.replace("|||", "").replace("  ", " ")  # upstream's words, which it applies to candidates only
 
 
 def _write(pipe: IO[bytes], lines: list[str]) -> None:

@@ -64,9 +64,9 @@ def test_prepared_references_score_a_part_of_their_keys_with_the_weights_of_all(
 
 
 def test_keys_on_one_side_only_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="2 candidates have no references: 'x', 'y'$"):
+    with pytest.raises(ValueError, match=r"2 candidates have no references: 'x', 'y'$"):
         cider({"x": "a", "y": "b", "z": "c"}, {"z": ["c"]})
-    with pytest.raises(ValueError, match="4 keys with references have no candidate: 'k0', 'k1', 'k2'$"):
+    with pytest.raises(ValueError, match=r"4 keys with references have no candidate: 'k0', 'k1', 'k2'$"):
         cider({"z": "c"}, {"z": ["c"], **{f"k{i}": ["c"] for i in range(4)}})
     with pytest.raises(ValueError, match="1 candidates have no references: 'x'"):
         score({"x": "a"}, prepare_references({"z": ["c"]}))

@@ -18,7 +18,7 @@ import pytest
 from raycap.errors import RaycapError
 from raycap.metrics.coco import CocoScores, coco_scores
 from raycap.metrics.coco_child import tokenize
-from raycap.metrics.meteor import meteor, write_paraphrases
+from raycap.metrics.meteor import meteor
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found through /proc")
 
@@ -44,31 +44,44 @@ REFERENCES = {
 }
 
 
+# A plain call of pycocoevalcap 1.2 on OpenJDK 17 gave these, with the line breaks above replaced by spaces: its own
+# tokenizer would take each for the end of a caption and give every later image its neighbour's words.
+BLEU = [0.5871331642339586, 0.42878143774646127, 0.32263243717059936, 0.26928202078075325]
+METEOR = 0.3390804085349969
+ROUGE_L = 0.40308530686182303
+CIDER = 1.336748865732733
+CIDER_BY_KEY = [
+    0.991185171842164,
+    0.16693853906042977,
+    0.0,
+    0.0,
+    5.680284682488965,
+    1.4516872567848211,
+    1.4642243466719247,
+    0.9396709290135605,
+]
+
+
 @pytest.fixture(scope="module")
-def two_scorings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[CocoScores]]:
-    """The same captions scored twice at the same time, without any java on PATH."""
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+def scores(tmp_path_factory: pytest.TempPathFactory) -> CocoScores:
+    """One scoring of all captions above, with no java on PATH."""
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", str(tmp_path_factory.mktemp("no_java")))
-        scorings = [pool.submit(coco_scores, CANDIDATES, REFERENCES) for _ in range(2)]
-        yield [scoring.result() for scoring in scorings]
+        return coco_scores(CANDIDATES, REFERENCES)
 
 
-def test_scores_are_those_that_pycocoevalcap_gave_with_openjdk_17(two_scorings: list[CocoScores]) -> None:
-    scores = two_scorings[0]
-    assert scores.bleu_1 == pytest.approx(0.0, rel=1e-12)
+def test_scores_are_those_of_a_plain_call_of_pycocoevalcap(scores: CocoScores) -> None:
+    assert [scores.bleu_1, scores.bleu_2, scores.bleu_3, scores.bleu_4] == pytest.approx(BLEU, rel=1e-12)
+    assert scores.meteor == pytest.approx(METEOR, rel=1e-12)
+    assert scores.rouge_l == pytest.approx(ROUGE_L, rel=1e-12)
+    assert scores.cider == pytest.approx(CIDER, rel=1e-12)
+    assert list(scores.cider_by_key) == list(CANDIDATES)
+    assert list(scores.cider_by_key.values()) == pytest.approx(CIDER_BY_KEY, rel=1e-12)
 
 
-def test_two_scorings_at_once_agree(two_scorings: list[CocoScores]) -> None:
-    assert two_scorings[0] == two_scorings[1]
-
-
-def test_captions_without_words_score_zero_and_odd_ones_do_not_disturb_their_neighbours(
-    two_scorings: list[CocoScores],
-) -> None:
-    by_key = two_scorings[0].cider_by_key
-    assert list(by_key) == list(CANDIDATES)
-    assert by_key["empty"] == by_key["punctuation"] == 0.0
-    assert all(by_key[key] > 0.1 for key in by_key if key not in ("empty", "punctuation", "paraphrase"))
+def test_captions_without_words_score_zero_and_odd_ones_do_not_disturb_their_neighbours(scores: CocoScores) -> None:
+    zero = {key for key, value in scores.cider_by_key.items() if value == 0}
+    assert zero == {"empty", "punctuation"}
 
 
 def test_keys_on_one_side_only_are_refused_before_anything_starts() -> None:
@@ -179,21 +192,10 @@ def test_a_killed_meteor_is_reported_with_the_caption_it_was_at(tmp_path: Path) 
             assert time.monotonic() < deadline
             time.sleep(0.01)
         os.kill(found[0], signal.SIGKILL)
-        with pytest.raises(RaycapError, match="METEOR's Java process ended with signal SIGKILL at caption .* run this"):
+        with pytest.raises(RaycapError, match=r"METEOR's Java process ended with signal SIGKILL at caption .* again"):
             scoring.result(timeout=60)
 
 
 def test_the_tokenizer_keeps_one_line_a_caption(tmp_path: Path) -> None:
     captions = ["", "A dog.", "a\nb\rc\fd\ve\u2028f\u2029g", "...", "the U.S.", ""]
     assert tokenize(captions, tmp_path, "captions") == ["", "a dog", "a b c d e f g", "", "the u.s.", ""]
-
-
-def test_the_paraphrase_table_keeps_what_occurs_in_captions_and_nothing_else(tmp_path: Path) -> None:
-    write_paraphrases(["a large couch", "a big sofa", "u.s. army"], tmp_path / "table.gz")
-    lines = gzip.decompress((tmp_path / "table.gz").read_bytes()).decode().split("\n")
-    pairs = set(zip(lines[1::3], lines[2::3], strict=True))
-    assert {("couch", "sofa"), ("large", "big"), ("a large", "a big")} <= pairs
-    assert all(
-        set((phrase + " " + other).split()) <= {"a", "large", "couch", "big", "sofa", "us", "army", "u", "s"}
-        for phrase, other in pairs
-    )

@@ -1,9 +1,16 @@
 """Tiny models for tests: BLIP's structure and token roles at a size that trains in milliseconds."""
 
+import io
+
+import numpy as np
 import torch
+from PIL import Image
 from transformers import BlipConfig, BlipForConditionalGeneration
 
+from raycap.checkpoint import CheckpointSpec
 from raycap.models.blip import Blip
+from raycap.schema import DecodeSettings, ImageSpec
+from raycap.text import text_spec, train_wordpiece
 
 PAD_ID, EOS_ID = 0, 3
 
@@ -27,9 +34,11 @@ def tiny_blip_config(*, vocab_size: int = 60, label_smoothing: float = 0.0) -> B
     return BlipConfig(text_config=text, vision_config=vision)
 
 
-def tiny_blip_pair(*, seed: int = 0, label_smoothing: float = 0.0) -> tuple[Blip, BlipForConditionalGeneration]:
+def tiny_blip_pair(
+    *, seed: int = 0, vocab_size: int = 60, label_smoothing: float = 0.0
+) -> tuple[Blip, BlipForConditionalGeneration]:
     """Ours and transformers' BLIP in eval mode with the same weights, all of them (norms and biases too) far from 0."""
-    config = tiny_blip_config(label_smoothing=label_smoothing)
+    config = tiny_blip_config(vocab_size=vocab_size, label_smoothing=label_smoothing)
     published = BlipForConditionalGeneration(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -39,3 +48,34 @@ def tiny_blip_pair(*, seed: int = 0, label_smoothing: float = 0.0) -> tuple[Blip
     ours = Blip(config).eval()
     ours.load_state_dict(published.state_dict())
     return ours, published
+
+
+def tiny_checkpoint(*, seed: int = 0, prompt: str = "") -> tuple[CheckpointSpec, Blip, BlipForConditionalGeneration]:
+    """A spec with a real tokenizer, and the pair of models it describes; they end captions after a few words."""
+    tokenizer = train_wordpiece(["a picture of two dogs and one red cat on the hill", "under a big blue kite, then"])
+    ours, published = tiny_blip_pair(seed=seed, vocab_size=tokenizer.get_vocab_size())
+    with torch.no_grad():  # random weights rarely end a caption by themselves
+        ours.text_decoder.get_parameter("cls.predictions.bias")[EOS_ID] += 2.0
+    published.load_state_dict(ours.state_dict())
+    spec = CheckpointSpec(
+        kind="blip",
+        model_config=published.config.to_dict(),
+        tokenizer=tokenizer,
+        text=text_spec(tokenizer, prompt=prompt),
+        image=ImageSpec(size=32),
+        decode=DecodeSettings(max_new_tokens=12),
+    )
+    return spec, ours, published
+
+
+def png_images(count: int) -> list[bytes]:
+    """Encoded images of different sizes, none like another."""
+    rng = np.random.default_rng(7)
+    encoded = []
+    for n in range(count):
+        # Few large fields: noise would look the same to the model after resizing.
+        fields = Image.fromarray(rng.integers(0, 256, (3, 4, 3), np.uint8))
+        buffer = io.BytesIO()
+        fields.resize((40 + 3 * n, 50 - n), Image.Resampling.NEAREST).save(buffer, "PNG")
+        encoded.append(buffer.getvalue())
+    return encoded
