@@ -1,7 +1,6 @@
 """What every job's command line shares: presets, absolute paths, the printed config, status.json and the exit code."""
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -33,12 +32,8 @@ def run_job(name: str, presets: dict[str, Any], function: str, args: list[str] |
     except (RaycapError, ValueError) as error:
         code = error.exit_code if isinstance(error, RaycapError) else EXIT_USER_MISTAKE
         _fail(out, name, code, " ".join(str(error).split()))
-    except (KeyboardInterrupt, SystemExit):  # Ray's handlers of SIGINT and SIGTERM exit
-        message = "interrupted; run the same command again to go on"
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        _try_write_status(out, name, "failed", EXIT_INTERRUPTED, message)
-        sys.stdout.flush()
-        os._exit(EXIT_INTERRUPTED)  # Ray aborts in an orderly shutdown after SIGTERM; its processes end with this one
+    except (KeyboardInterrupt, SystemExit):  # Ray Train's handler of SIGINT exits
+        _fail(out, name, EXIT_INTERRUPTED, "interrupted; run the same command again to go on")
     except Exception as error:
         _try_write_status(out, name, "failed", EXIT_FAILURE, f"{type(error).__name__}: {error}")
         raise

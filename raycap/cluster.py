@@ -6,9 +6,11 @@ Owns no pipeline. Ray's CPUs are logical: a local start gives max(cores, what th
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,7 @@ def connect(*, num_cpus: int, num_gpus: int = 0, need: str) -> None:
             if address != "auto":
                 _probe(address)
             _init(address=address)
+        _stop_in_order()
     _preflight(num_cpus, num_gpus, need)
 
 
@@ -130,7 +133,6 @@ def _quiet() -> None:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def _init(**options: Any) -> None:
@@ -142,6 +144,12 @@ def _init(**options: Any) -> None:
             f"cannot connect to the Ray cluster at {options['address']!r}: {str(error).splitlines()[0]}; check RAY_ADDRESS and that "
             f"RAY_AUTH_MODE is the same here as where the cluster was started"
         ) from error
+
+
+def _stop_in_order() -> None:
+    """SIGTERM, which `ray job stop` sends, stops a job as Ctrl-C does. Ray's own handler prints a stack and aborts."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
 
 def _preflight(num_cpus: int, num_gpus: int, need: str) -> None:

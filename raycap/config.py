@@ -44,7 +44,8 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         _require(
-            min(self.num_train, self.num_val, self.num_test) >= 2, "the demo needs at least 2 images in each split"
+            min(self.num_train, self.num_val, self.num_test) >= 2,
+            f"--num-train, --num-val and --num-test must be at least 2, got {self.num_train}, {self.num_val}, {self.num_test}",
         )
         _require(self.epochs >= 0, f"--epochs must not be negative, got {self.epochs}")
 

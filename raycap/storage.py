@@ -266,22 +266,21 @@ def _is_utf8(name: str) -> bool:
 
 
 def _local_create(path: Path, data: bytes) -> bool:
-    if os.path.lexists(path):
-        return False  # spares the write; the link below decides
-    with _temporary(path) as temporary:
-        _write(temporary, lambda f: f.write(data))
-        try:
-            # A link is the one local operation that fails if the name exists and shows the whole file if it does not.
-            path.hardlink_to(temporary)
-            created = True
-        except (FileExistsError, FileNotFoundError):
-            if not os.path.lexists(path):
-                raise
-            created = False  # another writer won; it may have swept our temporary file away
+    created = False
+    if not os.path.lexists(path):  # spares a write; the link below decides
+        with _temporary(path) as temporary:
+            _write(temporary, lambda f: f.write(data))
+            try:
+                # A link is the one local operation that fails if the name exists and shows a whole file if it does not.
+                path.hardlink_to(temporary)
+                created = True
+            except (FileExistsError, FileNotFoundError):
+                if not os.path.lexists(path):
+                    raise
+                # Another writer won, and may have swept our temporary file away:
+        _sync_folder(path.parent)
     for leftover in path.parent.glob(f"{_TEMPORARY}{glob.escape(path.name)}-*"):
-        # The file of a killed writer, or of one that is about to find out that it lost.
-        leftover.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+        leftover.unlink(missing_ok=True)  # of a killed writer, or of one that is about to find out that it lost
     return created
 
 

@@ -13,7 +13,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import logging
 import threading
 import time
 import warnings
@@ -150,16 +149,12 @@ def _run(pending: dict[str, list[SampleRef]], out: str, add: Callable[[int], Non
     import ray.exceptions
     from ray.util.annotations import RayDeprecationWarning
 
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.target_max_block_size = None  # a block is one shard's row; nothing merges or splits it
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that its bars are off
+    from raycap.data.stream import quiet_context
+
     # JSON, because Arrow knows no column of ids that are sometimes numbers and sometimes strings.
     items = [{"name": name, "refs": json.dumps([asdict(ref) for ref in refs])} for name, refs in pending.items()]
     try:
-        with ray.data.DataContext.current(context), warnings.catch_warnings():
+        with ray.data.DataContext.current(quiet_context()), warnings.catch_warnings():
             # Ray 2.64 wants to drop the argument max_retries and names no other way to bound retries.
             warnings.simplefilter("ignore", RayDeprecationWarning)
             pack = functools.partial(_pack_block, out=out)
@@ -171,7 +166,7 @@ def _run(pending: dict[str, list[SampleRef]], out: str, add: Callable[[int], Non
                     return str(row["error"])
                 add(row["num_samples"])
     except ray.exceptions.RayError as e:
-        reason = str(e).strip().splitlines()[-1]
+        reason = str(e).strip().splitlines()[-1].rstrip(".")
         raise RaycapError(f"packing shards into {out!r} broke off: {reason}; run the same command to continue") from e
     return None
 

@@ -5,6 +5,7 @@ is exactly the plan for any number of workers and from any step. Each rank runs 
 own share of CPUs, because Ray Data's splitting may give ranks unequal counts.
 """
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,15 +48,25 @@ def steps_dataset(
     num_cpus: int,
 ) -> Dataset:
     """A lazy data set of one block per task, `size` steps in each, in order."""
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
+    context = quiet_context()
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources(cpu=num_cpus)
-    context.target_max_block_size = None  # a block is what its task made; nothing merges or splits it
     num_tasks = -(-(stop - start) // size)
     options = {"shared": shared, "start": start, "stop": stop, "size": size, "rank": rank, "world": world}
-    numbers = ray.data.range(num_tasks, override_num_blocks=num_tasks)
+    with DataContext.current(context):
+        numbers = ray.data.range(num_tasks, override_num_blocks=num_tasks)
     return numbers.map_batches(_load, batch_size=None, fn_kwargs=options, num_cpus=1)  # type: ignore[arg-type]  # its types know no fn_kwargs
+
+
+def quiet_context() -> DataContext:
+    """Settings for a pipeline of whole units: a block is what its task made, and only raycap reports progress."""
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = None  # nothing merges or splits blocks
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that its bars are off
+    return context
 
 
 def _load(

@@ -104,6 +104,9 @@ def test_creating_a_file_removes_what_a_killed_writer_of_it_left(tmp_path: Path)
     (tmp_path / ".tmp-unit2-0123456789ab").write_bytes(b"of another file")
     storage.put_new(f"{tmp_path}/unit", b"whole")
     assert everything_below(tmp_path) == [".tmp-unit2-0123456789ab", "unit"]
+    (tmp_path / ".tmp-unit-0123456789ab").hardlink_to(tmp_path / "unit")  # killed right after the file got its name
+    assert not storage.put_new(f"{tmp_path}/unit", b"whole")
+    assert everything_below(tmp_path) == [".tmp-unit2-0123456789ab", "unit"]
 
 
 def test_replacing_leaves_the_old_bytes_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
