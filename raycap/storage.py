@@ -88,7 +88,7 @@ def exists(url: str) -> bool:
     bucket, key = _bucket_key(url)
 
     def head(client: Any) -> bool:
-        from botocore.exceptions import ClientError  # type: ignore[import-untyped]
+        from botocore.exceptions import ClientError
 
         try:
             client.head_object(Bucket=bucket, Key=key)
@@ -375,8 +375,8 @@ def _client() -> Any:
     environment = tuple(os.environ.get(name) for name in [*names.split(), "AWS_DEFAULT_REGION", "AWS_PROFILE"])
     with _clients_lock:
         if environment not in _clients:
-            import boto3.session  # type: ignore[import-untyped]
-            from botocore.config import Config  # type: ignore[import-untyped]
+            import boto3.session
+            from botocore.config import Config
 
             config = Config(
                 connect_timeout=_CONNECT_TIMEOUT_S,
@@ -391,7 +391,7 @@ def _client() -> Any:
 
 def _s3(action: str, url: str, request: Callable[[Any], T]) -> T:
     """request(client), repeated while the server is busy; every failure becomes a StorageError about url."""
-    from boto3.exceptions import Boto3Error  # type: ignore[import-untyped]
+    from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
 
     for delay_s in (*_BUSY_DELAYS_S, None):
@@ -421,7 +421,7 @@ def _code(e: Exception) -> str:
 
 def _reason(e: Exception, url: str) -> str:
     """Why the request failed, and what to do."""
-    from botocore import exceptions as boto  # type: ignore[import-untyped]
+    from botocore import exceptions as boto
 
     bucket, _ = _bucket_key(url)
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
