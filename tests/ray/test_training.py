@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 from runs import curve, records_of
+from safetensors.torch import load_file
 
 from raycap.captioner import Captioner
 from raycap.config import TrainConfig
@@ -210,6 +211,26 @@ def _kill_a_worker_at(out: str, step: int) -> None:
             return
         time.sleep(0.005)
     raise AssertionError(f"the run did not reach step {step} in time")
+
+
+def test_a_whole_run_under_zero_3_evaluates_and_leaves_the_checkpoint_of_zero_1(
+    undisturbed: TrainConfig, tmp_path: Path
+) -> None:
+    """Ranks caption unequal numbers of images with unequal lengths, and must still gather parameters in step."""
+    sharded = replace(undisturbed, out=str(tmp_path / "sharded"), zero_stage=3)
+    train_blip(sharded)
+    expected, seen = curve(undisturbed.out), curve(sharded.out)
+    assert [(step, digest) for step, digest, _ in seen] == [(step, digest) for step, digest, _ in expected]
+    assert [loss for *_, loss in seen] == pytest.approx([loss for *_, loss in expected], abs=1e-4)
+    captions = [[s["caption"] for s in r["samples"]] for r in records_of(sharded.out) if "cider" in r]
+    assert captions == [[s["caption"] for s in r["samples"]] for r in records_of(undisturbed.out) if "cider" in r]
+    weights = {
+        name: load_file(Path(out) / "checkpoint/model.safetensors")
+        for name, out in (("1", undisturbed.out), ("3", sharded.out))
+    }
+    assert weights["3"].keys() == weights["1"].keys()
+    for name, tensor in weights["1"].items():
+        assert torch.allclose(weights["3"][name], tensor, atol=1e-3), name
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_keys(ray_cluster: str, config: TrainConfig) -> None:

@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def commands() -> list[str]:
     """Every line that starts a job: in code blocks, in their comments and in tables."""
-    blocks = [text for text in re.findall(r"```bash\n(.*?)```", README, re.S)]
+    blocks: list[str] = re.findall(r"```bash\n(.*?)```", README, re.S)
     lines = [part.strip() for block in blocks for line in block.splitlines() for part in line.split("#")[:1]]
     return [line for line in [*lines, *re.findall(r"`(python jobs/[^`]+)`", README)] if "jobs/" in line]
 
