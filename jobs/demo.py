@@ -11,12 +11,12 @@ from raycap.config import TRAIN_PRESETS, DemoConfig, EvaluateConfig
 def demo(config: DemoConfig) -> None:
     """Runs the jobs in sequence; what is finished already is not done again."""
     from raycap.cluster import connect
-    from raycap.data.demo import ensure_demo
+    from raycap.data.demo import make_demo
     from raycap.evaluation.evaluate import evaluate
     from raycap.training.driver import train_blip
 
     connect(num_cpus=8, need="the demo")
-    shards = ensure_demo(config)
+    shards = make_demo(config)
     train = replace(
         TRAIN_PRESETS["demo"],
         out=config.out,

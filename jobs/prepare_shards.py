@@ -3,13 +3,13 @@
 
 from _job import run_job
 
-from raycap.config import DemoConfig, PrepareConfig
+from raycap.config import PrepareConfig
 
 
 def prepare(config: PrepareConfig) -> None:
     """Packs the given data set, or makes and packs the demo's."""
     from raycap.cluster import connect
-    from raycap.data.demo import ensure_demo
+    from raycap.data.demo import find_or_make_demo
     from raycap.data.prepare import prepare_shards
 
     connect(num_cpus=2, need="packing shards")
@@ -19,7 +19,7 @@ def prepare(config: PrepareConfig) -> None:
         )
         print(f"{config.out} holds {manifest.num_samples} images in {len(manifest.shards)} shards")
     else:
-        demo = ensure_demo(DemoConfig(out=config.out))
+        demo = find_or_make_demo(config.out)
         print(f"no --annotations: the demo's shards are {demo.train}, {demo.val} and {demo.test}")
 
 

@@ -1,4 +1,4 @@
-"""The demo data set as shards: made once below the demo's output root, found again by every job that runs without flags."""
+"""The demo data set as shards: made once below the demo's output root, found again by every job without flags."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from raycap.config import DemoConfig
 from raycap.data.prepare import prepare_shards
 from raycap.datasets.coco import read_coco
 from raycap.datasets.demo import write_demo
+from raycap.shards import MANIFEST
 from raycap.text import TextSpec, role_ids, save_tokenizer, train_wordpiece
 
 SPLITS = ("train", "val", "test")
@@ -30,14 +31,22 @@ def demo_shards(out: str) -> DemoShards:
     return DemoShards(tokenizer=storage.join(out, "data", "tokenizer"), **roots)
 
 
-def ensure_demo(config: DemoConfig | None = None, report: Callable[[str], None] = print) -> DemoShards:
-    """The demo's shards; images, tokenizer and shards that are missing are made first, and said so. Needs Ray."""
-    config = config or DemoConfig()
-    demo = demo_shards(config.out)
-    if all(storage.exists(storage.join(root, "manifest.parquet")) for root in (demo.train, demo.val, demo.test)):
+def find_or_make_demo(out: str, report: Callable[[str], None] = print) -> DemoShards:
+    """The demo's shards below `out`, of whatever size they were made; made of the default size if they are missing."""
+    demo = demo_shards(out)
+    if all(storage.exists(storage.join(root, MANIFEST)) for root in (demo.train, demo.val, demo.test)):
         return demo
+    return make_demo(DemoConfig(out=out), report)
+
+
+def make_demo(config: DemoConfig, report: Callable[[str], None] = print) -> DemoShards:
+    """The demo's images, tokenizer and shards; what is there already stays. Needs Ray.
+
+    Raises UserError if config.out holds a demo of another size or seed.
+    """
+    demo = demo_shards(config.out)
     data = storage.join(config.out, "data")
-    report(f"making the demo data set ({config.num_train} + {config.num_val} + {config.num_test} images) in {data}")
+    report(f"the demo data set: {config.num_train} + {config.num_val} + {config.num_test} images in {data}")
     write_demo(
         storage.join(data, "coco"),
         num_train=config.num_train,

@@ -12,8 +12,8 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from raycap import cluster, storage
-from raycap.config import TrainConfig
-from raycap.data.demo import ensure_demo
+from raycap.config import TrainConfig, default_root
+from raycap.data.demo import find_or_make_demo
 from raycap.errors import TrainingError, UserError
 from raycap.shards import read_manifest
 from raycap.training.start import build_start
@@ -63,7 +63,7 @@ def _with_demo(config: TrainConfig) -> TrainConfig:
     if config.train_shards:
         return config
     cluster.connect(num_cpus=_num_cpus(config), need=_need(config))
-    demo = ensure_demo()
+    demo = find_or_make_demo(default_root("demo"))
     return replace(config, train_shards=demo.train, val_shards=demo.val, tokenizer=config.tokenizer or demo.tokenizer)
 
 

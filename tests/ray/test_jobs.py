@@ -128,13 +128,31 @@ def test_a_driver_killed_in_the_middle_goes_on_with_the_same_command_to_the_same
     assert curve(str(tmp_path / "killed")) == curve(undisturbed.out)
 
 
+def test_a_local_start_has_enough_logical_cpus_and_leaves_no_token_behind(demo: Demo, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    script = (
+        "from raycap.cluster import connect; connect(num_cpus=7, need='a test'); import ray, os; "
+        "print(ray.cluster_resources()['CPU'], os.environ['RAY_AUTH_MODE'])"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_MODE"}
+    environment |= {"RAY_ADDRESS": "local", "HOME": str(tmp_path / "home")}
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True, timeout=90
+    )
+    assert result.stdout.split() == ["7.0", "token"]
+    assert not (tmp_path / "home" / ".ray").exists()
+
+
 def test_a_demo_of_a_few_images_runs_from_artwork_to_metrics(ray_cluster: str, tmp_path: Path) -> None:
     size = ["--num-train", "24", "--num-val", "4", "--num-test", "4", "--epochs", "1"]
     result = run([sys.executable, "jobs/demo.py", *size], RAYCAP_RUNS=str(tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "making the demo data set" in result.stdout
+    assert "the demo data set: 24 + 4 + 4 images" in result.stdout
     for name in ("checkpoint/raycap.json", "metrics.json", "captions.json", "train.json", "status.json"):
         assert (tmp_path / "demo" / name).is_file()
+    other = run([sys.executable, "jobs/demo.py", "--num-train", "30"], RAYCAP_RUNS=str(tmp_path))
+    assert other.returncode == 2
+    assert "num_train" in other.stderr
     assert "CC BY-SA 4.0" in (tmp_path / "demo/data/coco/LICENSE.txt").read_text()
 
 
