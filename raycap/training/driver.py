@@ -20,8 +20,9 @@ from raycap.training.start import build_start
 from raycap.training.watch import Board, Display
 from raycap.training.worker import build_plan, train_worker
 
-# May differ when a run is resumed: they do not change what is computed.
-FREE_FIELDS = ("cpus_per_worker", "cpus_for_data", "max_failures", "keep_last", "log_every", "checkpoint_every")
+# What may differ when a run is resumed: what changes no result, and what an error message asks to lower.
+CADENCE = ("cpus_per_worker", "cpus_for_data", "max_failures", "keep_last", "log_every", "checkpoint_every")
+FREE_FIELDS = (*CADENCE, "lr", "clip_norm")
 
 
 def train_blip(config: TrainConfig) -> None:
@@ -114,13 +115,16 @@ def _finished(config: TrainConfig) -> bool:
     if not storage.exists(url):
         return False
     before, now = json.loads(storage.read_bytes(url)), asdict(config)
-    differ = [name for name in now if name not in FREE_FIELDS and now[name] != before.get(name)]
-    if differ:
-        changes = ", ".join(f"{name} {before.get(name)!r} -> {now[name]!r}" for name in differ)
+    changes = {name: f"{name} {before.get(name)!r} -> {now[name]!r}" for name in now if now[name] != before.get(name)}
+    if not changes.keys() <= set(FREE_FIELDS):
         raise UserError(
-            f"--out {config.out!r} holds a run with other settings ({changes}); repeat its command, or choose another --out"
+            f"--out {config.out!r} holds a run with other settings ({', '.join(changes.values())}); repeat its command, or "
+            f"choose another --out"
         )
-    return storage.exists(storage.join(config.out, "train.json"))
+    finished = storage.exists(storage.join(config.out, "train.json"))
+    if changes and not finished:
+        print(f"going on with other settings: {', '.join(changes.values())}", flush=True)
+    return finished
 
 
 def _write_report(config: TrainConfig, display: Display, num_steps: int, num_dropped: int, wall_s: float) -> None:

@@ -125,7 +125,7 @@ def not_finite(loss: float, step: int, keys: list[str], lr: float) -> str:
     """The sentence a run ends with; all keys are named so that the batch can be looked at."""
     return (
         f"the loss became {loss} at step {step + 1} (learning rate {lr:.3g}) on the images {', '.join(sorted(keys))}; the step was not "
-        f"taken: lower --lr, set --clip-norm, or look at these images, then run the same command again to go on from the last "
+        f"taken: look at these images, or run the command again with a lower --lr or with --clip-norm to go on from the last "
         f"checkpoint"
     )
 

@@ -7,6 +7,7 @@ import torch
 
 from raycap.captioner import Captioner
 from raycap.data.batch import Batch
+from raycap.errors import UserError
 from raycap.image import normalize
 from raycap.metrics.cider import CiderReferences, prepare_references, score
 from raycap.training.engine import Engine
@@ -47,7 +48,7 @@ class Validator:
                     batch.pixel_values[rows], all_finished=self._all_finished, autocast=engine.autocast()
                 )
                 for key, refs, result in zip(batch.keys[rows], batch.captions[rows], results, strict=True):
-                    if key and key not in bad:
+                    if key and refs and key not in bad:
                         captions[key], references[key] = result.caption or "", refs
         loss_sum, num_tokens = engine.all_reduce([loss_sum, num_tokens])
         parts = engine.gather((captions, references))
@@ -60,6 +61,8 @@ class Validator:
     def _score(self, parts: "list[tuple[dict[str, str], dict[str, tuple[str, ...]]]]") -> Metrics:
         captions = _merge([part[0] for part in parts])
         references = _merge([part[1] for part in parts])
+        if not captions:
+            raise UserError("no image of the validation split can be decoded and has captions; check --val-shards")
         if self._references is None:
             self._references = prepare_references(references)
         cider, _ = score(captions, self._references)

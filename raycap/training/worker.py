@@ -127,12 +127,11 @@ class _Saver:
         self._spec = spec
         self._data = data
         self._metrics_file = metrics_file
-        self._last_metrics: Metrics = {}
 
     def save(self, position: Position) -> None:
         """checkpoints/step-N, then the state that makes the run resume from here; in this order, so that both exist."""
         root = storage.join(self._config.out, "checkpoints")
-        self._write(storage.join(root, f"step-{position.step:08d}"), position)
+        self._write(storage.join(root, f"step-{position.step:08d}"), position, {})
         if self._engine.rank == 0:
             _prune(root, self._config.keep_last)
         if self._metrics_file:
@@ -145,15 +144,22 @@ class _Saver:
             ray.train.report({"step": position.step}, checkpoint=checkpoint)
 
     def save_best(self, position: Position, metrics: Metrics) -> None:
-        self._last_metrics = {k: v for k, v in metrics.items() if isinstance(v, float)}
-        self._write(storage.join(self._config.out, "checkpoint"), position)
+        """checkpoint/, with the metrics it was chosen by."""
+        numbers = {k: v for k, v in metrics.items() if isinstance(v, float)}
+        self._write(storage.join(self._config.out, "checkpoint"), position, numbers)
 
-    def _write(self, root: str, position: Position) -> None:
+    def _write(self, root: str, position: Position, metrics: Metrics) -> None:
         weights = self._engine.weights()
+        finite = all(bool(tensor.isfinite().all()) for tensor in weights.values())
+        if not all(self._engine.gather(finite)):  # a finite loss can have gradients that are not
+            raise TrainingError(
+                f"weights became infinite or NaN by step {position.step}, and no checkpoint of them was written to {root!r}; run "
+                f"the command again with a lower --lr or with --clip-norm to go on from the checkpoint before"
+            )
         if self._engine.rank == 0:
             info = {
                 "step": position.step,
-                "metrics": self._last_metrics,
+                "metrics": metrics,
                 "config": asdict(self._config),
                 "data_fingerprint": self._data,
             }
@@ -163,6 +169,9 @@ class _Saver:
 def _prune(root: str, keep: int) -> None:
     """Removes all but the newest step folders."""
     folders = sorted({name.split("/")[0] for name in storage.list_files(root) if name.startswith("step-")})
+    if not storage.is_url(root):
+        for leftover in Path(root).glob(".step-*"):  # of a process that was killed while it wrote
+            shutil.rmtree(leftover, ignore_errors=True)
     for folder in folders[:-keep]:
         target = storage.join(root, folder)
         if storage.is_url(root):

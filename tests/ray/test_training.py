@@ -233,13 +233,18 @@ def test_a_whole_run_under_zero_3_evaluates_and_leaves_the_checkpoint_of_zero_1(
         assert torch.allclose(weights["3"][name], tensor, atol=1e-3), name
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_keys(ray_cluster: str, config: TrainConfig) -> None:
-    with pytest.raises(
-        TrainingError, match=r"the loss became (nan|inf) at step \d+ .* on the images \d{12}, .*--lr"
-    ) as error:
-        train_blip(replace(config, lr=1e30, clip_norm=0.0, warmup_steps=0))
+def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_keys_and_a_lower_rate_goes_on(
+    ray_cluster: str, config: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wild = replace(config, lr=1e30, clip_norm=0.0, warmup_steps=0, epochs=1)
+    expected = r"the loss became (nan|inf) at step \d+ .* on the images \d{12}, .*--lr"
+    with pytest.raises(TrainingError, match=expected) as error:
+        train_blip(wild)
     assert str(error.value).count("0000") >= 12
     assert not (Path(config.out) / "train.json").exists()
+    train_blip(replace(wild, lr=3e-3, clip_norm=1.0))
+    assert "going on with other settings: lr 1e+30 -> 0.003, clip_norm 0.0 -> 1.0" in capsys.readouterr().out
+    assert (Path(config.out) / "train.json").exists()
 
 
 def test_more_workers_than_the_cluster_holds_are_refused_at_once_with_both_numbers(
