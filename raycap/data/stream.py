@@ -6,7 +6,9 @@ own share of CPUs, because Ray Data's splitting may give ranks unequal counts.
 """
 
 import logging
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -14,6 +16,7 @@ import ray.data
 from ray.data import DataContext, Dataset, ExecutionResources
 
 from raycap.data.batch import Batch, Columns, Order, Source, load_steps, split_steps
+from raycap.errors import StorageError
 
 BLOCK_BYTES = (
     16 * 2**20
@@ -33,8 +36,9 @@ def iterate(
     for first in range(start, stop, size * MAX_TASKS):
         last = min(first + size * MAX_TASKS, stop)
         blocks = steps_dataset(shared, first, last, size, rank, world, num_cpus=num_cpus)
-        for block in blocks.iterator().iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):
-            yield from split_steps(block)
+        with own_errors():
+            for block in blocks.iterator().iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):
+                yield from split_steps(block)
 
 
 def steps_dataset(
@@ -56,6 +60,18 @@ def steps_dataset(
     with DataContext.current(context):
         numbers = ray.data.range(num_tasks, override_num_blocks=num_tasks)
     return numbers.map_batches(_load, batch_size=None, fn_kwargs=options, num_cpus=1)  # type: ignore[arg-type]  # its types know no fn_kwargs
+
+
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """Raises raycap's own error where a task failed with one; Ray's exception carries it as text only."""
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        sentences = re.findall(r"^raycap\.errors\.\w+: (.+)$", str(error), re.MULTILINE)
+        if not sentences:
+            raise
+        raise StorageError(sentences[-1]) from error
 
 
 def quiet_context() -> DataContext:

@@ -17,7 +17,7 @@ from raycap.checkpoint import CheckpointSpec, load_checkpoint
 from raycap.config import EvaluateConfig, default_root
 from raycap.data.batch import Batch, Columns, InOrder, Source, split_steps
 from raycap.data.demo import demo_shards
-from raycap.data.stream import steps_dataset
+from raycap.data.stream import own_errors, steps_dataset
 from raycap.errors import UserError
 from raycap.metrics.coco import coco_scores
 from raycap.shards import Manifest, read_manifest
@@ -153,5 +153,6 @@ def _caption_rows(
         num_cpus=1,
         num_gpus=1 if use_gpu else 0,
     )
-    for row in blocks.iter_rows():
-        yield json.loads(row["row"])
+    with own_errors():
+        for row in blocks.iter_rows():
+            yield json.loads(row["row"])

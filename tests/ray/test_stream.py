@@ -6,6 +6,7 @@ from conftest import Demo, pack
 
 from raycap.data.batch import Batch, InOrder, Source, iterate_local
 from raycap.data.stream import iterate
+from raycap.errors import StorageError
 from raycap.order import Plan
 from raycap.schema import ImageSpec, Sample
 from raycap.shards import Manifest, parse_samples, read_manifest
@@ -84,3 +85,15 @@ def test_a_bad_image_is_a_counted_row_of_weight_zero(
     assert batch.num_images == len(samples) - 2
     assert (batch.labels[[3, 5]] == -100).all()
     assert batch.num_tokens == int((np.delete(batch.labels, [3, 5], axis=0)[:, :, 1:] != -100).sum())
+
+
+def test_a_shard_that_vanished_is_named_in_one_sentence(
+    ray_cluster: str, demo: Demo, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    root = tmp_path_factory.mktemp("vanished")
+    samples = parse_samples(read_bytes(join(demo.test, read_manifest(demo.test).shards[0].shard)))
+    source = source_of(demo, pack(str(root), samples))
+    (root / "shard-00000.tar").unlink()
+    order = InOrder(num_samples=len(samples), global_batch_size=4)
+    with pytest.raises(StorageError, match=r"^cannot read '.*shard-00000\.tar': No such file or directory"):
+        list(iterate(order, 0, 1, source=source, start=0, stop=order.num_steps))
