@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import tyro
@@ -62,6 +63,9 @@ def resolve(config: Any) -> Any:
     from raycap.cluster import resolve_root
 
     roots = {root: resolve_root(getattr(config, root), f"--{root.replace('_', '-')}") for root in type(config).ROOTS}
+    sources = {name: getattr(config, name) for name in getattr(type(config), "SOURCES", ())}
+    folders = {name: value for name, value in sources.items() if value and Path(value).expanduser().is_dir()}
+    roots |= {name: resolve_root(value, f"--{name.replace('_', '-')}") for name, value in folders.items()}
     return replace(config, **roots)
 
 

@@ -1,6 +1,8 @@
 #!/usr/bin/env python
 """COCO-format annotations and images -> WebDataset shards with a manifest. Without flags: the demo. Run again to resume."""
 
+from functools import partial
+
 from _job import run_job
 
 from raycap.config import PrepareConfig
@@ -12,13 +14,19 @@ def prepare(config: PrepareConfig) -> None:
     from raycap.data.demo import find_or_make_demo
     from raycap.data.prepare import prepare_shards
 
-    connect(num_cpus=2, need="packing shards")
+    start = partial(connect, num_cpus=2, need="packing shards")
     if config.annotations:
         manifest = prepare_shards(
-            config.annotations, config.images, config.out, samples_per_shard=config.samples_per_shard, seed=config.seed
+            config.annotations,
+            config.images,
+            config.out,
+            samples_per_shard=config.samples_per_shard,
+            seed=config.seed,
+            connect=start,
         )
         print(f"{config.out} holds {manifest.num_samples} images in {len(manifest.shards)} shards")
     else:
+        start()
         demo = find_or_make_demo(config.out)
         print(f"no --annotations: the demo's shards are {demo.train}, {demo.val} and {demo.test}")
 

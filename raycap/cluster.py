@@ -106,9 +106,14 @@ def connect(*, num_cpus: int, num_gpus: int = 0, need: str) -> None:
     _preflight(num_cpus, num_gpus, need)
 
 
-def num_gpus() -> int:
-    """GPUs of the connected cluster."""
-    return int(_resources().get("GPU", 0))
+def use_gpus(device: str, wanted: int, flag: str) -> bool:
+    """Whether `wanted` processes run on GPUs, one each. Raises UserError for auto on a cluster with some, but too few."""
+    have = int(_resources().get("GPU", 0))
+    if device == "auto" and 0 < have < wanted:
+        raise UserError(
+            f"{flag} {wanted} needs as many GPUs but the Ray cluster has {have}; lower {flag}, or give --device cpu to leave them unused"
+        )
+    return device == "cuda" or (device == "auto" and have >= wanted)
 
 
 def num_nodes() -> int:

@@ -84,6 +84,7 @@ class TrainConfig:
     """Fine-tune or train BLIP on shards. The same command again resumes the run in --out."""
 
     ROOTS: ClassVar = ("out", "train_shards", "val_shards")
+    SOURCES: ClassVar = ("init_from", "tokenizer")  # a folder, or else a hub name
 
     # Data
     train_shards: str = ""

@@ -263,6 +263,17 @@ def read_manifest(root: str) -> Manifest:
     return Manifest(root, shards)
 
 
+def check_shards(manifest: Manifest) -> None:
+    """Raises StorageError, with one listing, if a shard that the manifest names is not there."""
+    there = set(storage.list_files(manifest.root, (".tar",)))
+    missing = [shard.shard for shard in manifest.shards if shard.shard not in there]
+    if missing:
+        raise StorageError(
+            f"{len(missing)} of {len(manifest.shards)} shards that the manifest of {manifest.root!r} names are missing (first: "
+            f"{missing[0]!r}); copy them again, or run jobs/prepare_shards.py into another folder"
+        )
+
+
 def _shard_index(row: dict[str, Any]) -> ShardIndex:
     keys, offsets = tuple(row["keys"]), tuple(row["offsets"])
     if not row["num_samples"] == len(keys) == len(offsets) - 1 or not keys:

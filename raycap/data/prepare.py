@@ -46,8 +46,10 @@ def prepare_shards(
     samples_per_shard: int = 1000,
     seed: int = 0,
     report: Callable[[str], None] = print,
+    connect: Callable[[], None] = lambda: None,
 ) -> Manifest:
-    """Packs a data set of COCO captions into out and returns its manifest. Ray is connected by the caller.
+    """Packs a data set of COCO captions into out and returns its manifest. Ray is connected by the caller, or by
+    `connect` once the input is known to be good and there is work to do.
 
     annotations: path or URL of captions_*.json. images, out: folders or URLs. report gets a line of key=value at least
     every few seconds. An out that is finished is returned without any Ray work; one that was begun is continued.
@@ -67,6 +69,8 @@ def prepare_shards(
     shards = plan_shards(read.samples, samples_per_shard, seed)
     # A tar alone may lack its index; an index alone has lost its tar.
     have = units.done(out, ".tar") & units.done(storage.join(out, INDEX), ".json")
+    if shards.keys() - have:
+        connect()
     with _progress(report, shards, have) as add:
         error = _run({name: refs for name, refs in shards.items() if name not in have}, out, add)
     if error:

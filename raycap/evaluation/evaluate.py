@@ -20,7 +20,7 @@ from raycap.data.demo import demo_shards
 from raycap.data.stream import own_errors, steps_dataset
 from raycap.errors import UserError
 from raycap.metrics.coco import coco_scores
-from raycap.shards import Manifest, read_manifest
+from raycap.shards import Manifest, check_shards, read_manifest
 
 REPORT_S = 5.0
 
@@ -30,6 +30,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     checkpoint, shards = _inputs(config)
     spec, _ = load_checkpoint(checkpoint)
     manifest = read_manifest(shards)
+    check_shards(manifest)
     num_images = min(config.max_images or manifest.num_samples, manifest.num_samples)
     num_gpus = config.concurrency if config.device == "cuda" else 0
     cluster.connect(
@@ -37,7 +38,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         num_gpus=num_gpus,
         need=f"--concurrency {config.concurrency} captioners + 1 for reading",
     )
-    use_gpu = config.device == "cuda" or (config.device == "auto" and cluster.num_gpus() >= config.concurrency)
+    use_gpu = cluster.use_gpus(config.device, config.concurrency, "--concurrency")
     print(f"captioning {num_images} images of {shards} with {checkpoint}", flush=True)
 
     captions: dict[str, str] = {}

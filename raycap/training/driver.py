@@ -15,7 +15,7 @@ from raycap import cluster, storage
 from raycap.config import TrainConfig, default_root
 from raycap.data.demo import find_or_make_demo
 from raycap.errors import TrainingError, UserError
-from raycap.shards import read_manifest
+from raycap.shards import check_shards, read_manifest
 from raycap.training.start import build_start
 from raycap.training.watch import Board, Display
 from raycap.training.worker import build_plan, train_worker
@@ -31,15 +31,21 @@ def train_blip(config: TrainConfig) -> None:
     train_manifest, val_manifest = read_manifest(config.train_shards), read_manifest(config.val_shards)
     plan = build_plan(config, train_manifest)
     num_steps = plan.steps_per_epoch * config.epochs
-    if _finished(config):
+    identity = asdict(config) | {
+        "train_fingerprint": train_manifest.fingerprint,
+        "val_fingerprint": val_manifest.fingerprint,
+    }
+    if _finished(config.out, identity):
         print(
             f"this run is finished ({num_steps} steps): its checkpoint is {config.out}/checkpoint; for another run choose another --out"
         )
         return
+    check_shards(train_manifest)
+    check_shards(val_manifest)
     build_start(config)  # a wrong folder or size is found here, not by every worker
 
     use_gpu = _connect(config)
-    storage.put(storage.join(config.out, "config.json"), (json.dumps(asdict(config), indent=2) + "\n").encode())
+    storage.put(storage.join(config.out, "config.json"), (json.dumps(identity, indent=2) + "\n").encode())
     print(
         f"training on {train_manifest.num_samples} images ({plan.num_dropped} dropped at each epoch's end), validating on "
         f"{min(config.eval_images, val_manifest.num_samples)}; {num_steps} steps with {config.num_workers} workers on "
@@ -85,7 +91,7 @@ def _connect(config: TrainConfig) -> bool:
         num_cpus=_num_cpus(config), num_gpus=config.num_workers if config.device == "cuda" else 0, need=_need(config)
     )
     cluster.check_shared(config.out)
-    return config.device == "cuda" or (config.device == "auto" and cluster.num_gpus() >= config.num_workers)
+    return cluster.use_gpus(config.device, config.num_workers, "--num-workers")
 
 
 def _trainer(config: TrainConfig, board: Any, use_gpu: bool) -> TorchTrainer:
@@ -109,19 +115,22 @@ def _trainer(config: TrainConfig, board: Any, use_gpu: bool) -> TorchTrainer:
     )
 
 
-def _finished(config: TrainConfig) -> bool:
-    """Whether config.out holds this run, finished. Raises UserError if it holds another run."""
-    url = storage.join(config.out, "config.json")
+def _finished(out: str, identity: dict[str, Any]) -> bool:
+    """Whether `out` holds this run, finished. Raises UserError if it holds another run.
+
+    identity: the config and the fingerprints of the shards, as config.json has them.
+    """
+    url = storage.join(out, "config.json")
     if not storage.exists(url):
         return False
-    before, now = json.loads(storage.read_bytes(url)), asdict(config)
-    changes = {name: f"{name} {before.get(name)!r} -> {now[name]!r}" for name in now if now[name] != before.get(name)}
-    if not changes.keys() <= set(FREE_FIELDS):
+    before = json.loads(storage.read_bytes(url))
+    changes = {k: f"{k} {before.get(k)!r} -> {v!r}" for k, v in identity.items() if v != before.get(k)}
+    finished = storage.exists(storage.join(out, "train.json"))
+    if not changes.keys() <= set(CADENCE if finished else FREE_FIELDS):
         raise UserError(
-            f"--out {config.out!r} holds a run with other settings ({', '.join(changes.values())}); repeat its command, or "
+            f"--out {out!r} holds a run with other settings ({', '.join(changes.values())}); repeat its command, or "
             f"choose another --out"
         )
-    finished = storage.exists(storage.join(config.out, "train.json"))
     if changes and not finished:
         print(f"going on with other settings: {', '.join(changes.values())}", flush=True)
     return finished

@@ -128,9 +128,9 @@ class Display:
             bar = "━" * round(8 * record["step"] / self._num_steps)
             self._live.update(
                 Text(
-                    f"{bar:<8} step {record['step']}/{self._num_steps} loss {record['loss']:.3f} lr {record['lr']:.1e} "
-                    f"{record['images_per_s']:.0f} images/s {record['captions_per_s']:.0f} captions/s "
-                    f"data wait {record['data_wait_percent']:.0f} % ETA {record['eta_s']} s",
+                    f"{bar:<8} {record['step']}/{self._num_steps} ETA {record['eta_s']} s loss {record['loss']:.3f} "
+                    f"lr {record['lr']:.0e} wait {record['data_wait_percent']:.0f} % "
+                    f"{record['images_per_s']:.0f} images/s {record['captions_per_s']:.0f} captions/s",
                     no_wrap=True,
                     overflow="ellipsis",
                 )

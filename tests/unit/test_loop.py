@@ -370,7 +370,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_move(demo: D
     message = str(caught.value)
     assert f"the loss became {value} at step 4 (learning rate {config.lr:.3g}) on the images" in message
     assert ", ".join(sorted(batch.keys)) in message
-    assert "run the same command again" in message
+    assert "run the command again with a lower --lr" in message
     assert (run.position.step, run.of("step")[-1], len(run.engine.gradients)) == (3, 3, 3)
     assert run.calls[-1] == ("save", 3)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in run.engine.weights().items())
