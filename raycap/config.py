@@ -266,3 +266,132 @@ class EvaluateConfig:
             min(self.micro_batch_size, self.concurrency) >= 1, "--micro-batch-size and --concurrency must be at least 1"
         )
         _require(self.max_images >= 0, f"--max-images must not be negative, got {self.max_images}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionBucketConfig:
+    """Checkpoint + folder or bucket of images -> one caption row per image. Run again to resume. Without flags: the demo."""
+
+    ROOTS: ClassVar = ("images", "out")
+    SOURCES: ClassVar = ("checkpoint",)  # a folder, or else a hub name
+
+    checkpoint: str = ""
+    """Checkpoint folder, local or s3://, or a hub name in Hugging Face's BLIP layout. Empty: checkpoint/ of the demo."""
+    images: str = ""
+    """Folder or s3:// root; every image below it gets one row. Empty: the demo's test images."""
+    out: str = default_root("demo/captions")
+    """Folder or s3:// root for the rows: data/, _SUCCESS.json. Another checkpoint or other settings in it are refused."""
+    format: Literal["parquet", "jsonl"] = "parquet"
+    """Format of the files below data/."""
+    suffixes: str = ".jpg,.jpeg,.png,.webp,.gif,.bmp,.tif,.tiff,.avif"
+    """File names that count as images, upper or lower case; * takes every file. The content alone decides the format."""
+    unit_size: int = 256
+    """Images in one output file, which is written once and whole; a kill loses at most the units at work."""
+
+    # Decoding. What is left empty or 0 is the checkpoint's own.
+    prompt: str = ""
+    """Text in front of every caption."""
+    num_beams: int = 0
+    """Beams of the search; 1 is greedy."""
+    max_new_tokens: int = 0
+    """Longest caption in tokens, end token included."""
+    num_candidates: int = 0
+    """Best beams to write as candidates with their scores; 0 writes none."""
+
+    # Cluster
+    micro_batch_size: int = 32
+    """Images per forward pass."""
+    concurrency: int = 1
+    """Captioner processes."""
+    device: Device = "auto"
+    """auto takes GPUs when the cluster has enough for each captioner, else CPUs."""
+    dtype: Dtype = "auto"
+    """auto computes in bf16 on a GPU and in fp32 on a CPU."""
+    num_gpus: float = 1.0
+    """GPUs of one captioner; a fraction lets several share one. Counts only on GPUs."""
+    cpus_for_data: int = 1
+    """Tasks that read and decode images at once, each with one Ray CPU."""
+    decode_timeout_s: float = 10.0
+    """Longest time for one image to be decoded; longer is an error row."""
+
+    def __post_init__(self) -> None:
+        for name in ("unit_size", "micro_batch_size", "concurrency", "cpus_for_data"):
+            _require(
+                getattr(self, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}"
+            )
+        _require_decoding(self)
+        _require(self.num_gpus > 0, f"--num-gpus must be positive, got {self.num_gpus}; --device cpu uses none")
+        _require(self.decode_timeout_s > 0, f"--decode-timeout-s must be positive, got {self.decode_timeout_s}")
+        _require(bool(self.suffixes.strip(" ,")), "--suffixes is empty; name some, or * for every file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Checkpoint -> HTTP endpoint: POST an image to /v1/caption. Without flags: the demo's checkpoint on loopback."""
+
+    ROOTS: ClassVar = ()
+    SOURCES: ClassVar = ("checkpoint",)
+
+    checkpoint: str = ""
+    """Checkpoint folder, local or s3://, or a hub name in Hugging Face's BLIP layout. Empty: checkpoint/ of the demo."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Any but loopback needs a bearer token in the environment variable RAYCAP_TOKEN."""
+    port: int = 8000
+    """Port to listen on."""
+
+    # Decoding. What is left empty or 0 is the checkpoint's own.
+    prompt: str = ""
+    """Text in front of every caption."""
+    num_beams: int = 0
+    """Beams of the search; 1 is greedy."""
+    max_new_tokens: int = 0
+    """Longest caption in tokens, end token included."""
+    num_candidates: int = 0
+    """Best beams to answer as candidates with their scores; 0 answers none."""
+
+    # Limits
+    max_body_bytes: int = 20 * 2**20
+    """Largest request body; more is refused with 413 while it arrives."""
+    max_queue: int = 64
+    """Requests that one replica holds at once, at work or waiting; more are refused with 429."""
+    request_timeout_s: float = 30.0
+    """Longest time for one request, its upload included."""
+    decode_timeout_s: float = 10.0
+    """Longest time for one image to be decoded."""
+    decode_workers: int = 1
+    """Processes that decode images, per HTTP replica."""
+
+    # Cluster
+    micro_batch_size: int = 16
+    """Images per forward pass."""
+    batch_wait_s: float = 0.005
+    """How long a captioner waits for more images before it starts on fewer."""
+    num_replicas: int = 1
+    """Captioner processes."""
+    device: Device = "auto"
+    """auto takes GPUs when the cluster has enough for each captioner, else CPUs."""
+    dtype: Dtype = "auto"
+    """auto computes in bf16 on a GPU and in fp32 on a CPU."""
+    num_gpus: float = 1.0
+    """GPUs of one captioner; a fraction lets several share one. Counts only on GPUs."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_body_bytes", "max_queue", "decode_workers", "micro_batch_size", "num_replicas"):
+            _require(
+                getattr(self, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}"
+            )
+        _require_decoding(self)
+        _require(1 <= self.port <= 65535, f"--port must be in [1, 65535], got {self.port}")
+        _require(self.num_gpus > 0, f"--num-gpus must be positive, got {self.num_gpus}; --device cpu uses none")
+        _require(
+            min(self.request_timeout_s, self.decode_timeout_s) > 0,
+            f"--request-timeout-s and --decode-timeout-s must be positive, got {self.request_timeout_s} and {self.decode_timeout_s}",
+        )
+        _require(self.batch_wait_s >= 0, f"--batch-wait-s must not be negative, got {self.batch_wait_s}")
+
+
+def _require_decoding(config: CaptionBucketConfig | ServeConfig) -> None:
+    for name in ("num_beams", "max_new_tokens", "num_candidates"):
+        _require(
+            getattr(config, name) >= 0, f"--{name.replace('_', '-')} must not be negative, got {getattr(config, name)}"
+        )

@@ -21,6 +21,23 @@ class ErrorKind(StrEnum):
     TOO_MANY_BYTES = "too_many_bytes"
     TOO_MANY_PIXELS = "too_many_pixels"
     BAD_DIMENSIONS = "bad_dimensions"
+    UNREADABLE = "unreadable"  # bulk: listed, but gone, forbidden or replaced when it was read
+    DECODER_CRASH = "decoder_crash"  # the child process that decoded it died
+    DECODER_TIMEOUT = "decoder_timeout"
+    DECODER_MEMORY = "decoder_memory"
+
+
+class RequestErrorKind(StrEnum):
+    """Why an HTTP request has no result although its image may be fine. In the same field as ErrorKind."""
+
+    BAD_REQUEST = "bad_request"
+    UNAUTHORIZED = "unauthorized"
+    NOT_FOUND = "not_found"
+    METHOD_NOT_ALLOWED = "method_not_allowed"
+    UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
+    OVERLOADED = "overloaded"
+    TIMEOUT = "timeout"
+    INTERNAL = "internal"
 
 
 class RaycapError(Exception):

@@ -59,10 +59,18 @@ def _triple(values: Any) -> tuple[float, float, float]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeSettings:
-    """How a caption is searched. max_new_tokens counts tokens after the prompt, the end token included."""
+    """How a caption is searched.
+
+    max_new_tokens, min_new_tokens: count tokens after the prompt, the end token included. num_beams: 1 is greedy.
+    length_penalty: a beam is ranked by its log-probability divided by its number of new tokens to this power.
+    num_candidates: how many of the best beams come back as candidates, best first; 0 gives none.
+    """
 
     max_new_tokens: int = 20
     min_new_tokens: int = 0
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    num_candidates: int = 0
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or not 0 <= self.min_new_tokens <= self.max_new_tokens:
@@ -70,11 +78,20 @@ class DecodeSettings:
                 f"decode settings need 0 <= min_new_tokens <= max_new_tokens and max_new_tokens >= 1, got "
                 f"{self.min_new_tokens} and {self.max_new_tokens}"
             )
+        if self.num_beams < 1 or not 0 <= self.num_candidates <= self.num_beams:
+            raise ValueError(
+                f"decode settings need num_beams >= 1 and 0 <= num_candidates <= num_beams, got {self.num_beams} and "
+                f"{self.num_candidates}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CaptionResult:
-    """The answer for one image. score: mean log-probability of the generated tokens. Either caption or error_kind is set."""
+    """The answer for one image: either caption or error_kind is set.
+
+    score: mean log-probability of the generated tokens, the end token included. candidates: (caption, score) of the
+    best beams, best first, if they were asked for; the first is the caption itself. error: one sentence.
+    """
 
     caption: str | None
     score: float | None = None
