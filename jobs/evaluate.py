@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Checkpoint + split -> metrics.json (BLEU, METEOR, ROUGE-L, CIDEr) and captions.json in COCO's results format."""
+"""Checkpoint + split -> BLEU, METEOR, ROUGE-L, CIDEr, captions in COCO's results format, and report.html."""
 
 from _job import run_job
 

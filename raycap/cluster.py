@@ -4,6 +4,7 @@ Owns no pipeline. Ray's CPUs are logical: a local start gives max(cores, what th
 """
 
 import logging
+import math
 import os
 import secrets
 import signal
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from raycap.errors import UserError
@@ -106,14 +108,21 @@ def connect(*, num_cpus: int, num_gpus: int = 0, need: str) -> None:
     _preflight(num_cpus, num_gpus, need)
 
 
-def use_gpus(device: str, wanted: int, flag: str) -> bool:
-    """Whether `wanted` processes run on GPUs, one each. Raises UserError for auto on a cluster with some, but too few."""
-    have = int(_resources().get("GPU", 0))
-    if device == "auto" and 0 < have < wanted:
+def use_gpus(device: str, wanted: int, flag: str, num_gpus: float = 1.0) -> bool:
+    """Whether `wanted` processes run on GPUs, num_gpus each. Raises UserError for auto on a cluster with some, but too few."""
+    have, need = int(_resources().get("GPU", 0)), gpus_for(wanted, num_gpus)
+    if device == "auto" and 0 < have < need:
         raise UserError(
-            f"{flag} {wanted} needs as many GPUs but the Ray cluster has {have}; lower {flag}, or give --device cpu to leave them unused"
+            f"{flag} {wanted} needs {need} GPUs but the Ray cluster has {have}; lower {flag}, or give --device cpu to leave them unused"
         )
-    return device == "cuda" or (device == "auto" and have >= wanted)
+    return device == "cuda" or (device == "auto" and have >= need)
+
+
+def gpus_for(processes: int, num_gpus: float) -> int:
+    """GPUs that so many processes fill, num_gpus each; a GPU is shared by as many as fit on it whole."""
+    if num_gpus < 1:
+        return math.ceil(processes / int(1 / num_gpus))
+    return processes * math.ceil(num_gpus)
 
 
 def num_nodes() -> int:
@@ -154,7 +163,13 @@ def _init(**options: Any) -> None:
 def _stop_in_order() -> None:
     """SIGTERM, which `ray job stop` sends, stops a job as Ctrl-C does. Ray's own handler prints a stack and aborts."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a script's background jobs inherit it
+        signal.default_int_handler(number, frame)
+    signal.raise_signal(signal.SIGINT)
 
 
 def _preflight(num_cpus: int, num_gpus: int, need: str) -> None:

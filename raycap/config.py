@@ -242,30 +242,44 @@ TRAIN_PRESETS: dict[str, TrainConfig] = {
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Checkpoint + split -> metrics.json and captions.json. Without flags: the demo's checkpoint on its test split."""
+    """Checkpoint + split -> scores, captions, report.html. Without flags: the demo's checkpoint on its test split."""
 
-    ROOTS: ClassVar = ("checkpoint", "shards", "out")
+    ROOTS: ClassVar = ("shards", "out")
+    SOURCES: ClassVar = ("checkpoint",)
 
     checkpoint: str = ""
-    """Checkpoint folder (with raycap.json), local or s3://. Empty: checkpoint/ of the demo."""
+    """Checkpoint folder, local or s3://, or a hub name in Hugging Face's BLIP layout. Empty: checkpoint/ of the demo."""
     shards: str = ""
     """Shards of the split, with manifest.parquet. Empty: the demo's test split."""
     out: str = default_root("demo")
-    """Where metrics.json and captions.json go, local or s3://."""
+    """Where metrics.json, captions.json, per_image.jsonl and report.html go, local or s3://."""
+    max_images: int = 0
+    """Evaluate only the first so many images; 0 takes all."""
+
+    # Decoding. What is left empty or 0 is the checkpoint's own.
+    prompt: str = ""
+    """Text in front of every caption."""
+    num_beams: int = 0
+    """Beams of the search; 1 is greedy."""
+    max_new_tokens: int = 0
+    """Longest caption in tokens, end token included."""
+
+    # Cluster
     micro_batch_size: int = 64
     """Images per forward pass."""
     concurrency: int = 1
     """Captioner processes."""
     device: Device = "auto"
     """auto takes a GPU when the cluster has one for each process, else CPUs."""
-    max_images: int = 0
-    """Evaluate only the first so many images; 0 takes all."""
 
     def __post_init__(self) -> None:
         _require(
             min(self.micro_batch_size, self.concurrency) >= 1, "--micro-batch-size and --concurrency must be at least 1"
         )
-        _require(self.max_images >= 0, f"--max-images must not be negative, got {self.max_images}")
+        for name in ("max_images", "num_beams", "max_new_tokens"):
+            _require(
+                getattr(self, name) >= 0, f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,7 +292,7 @@ class CaptionBucketConfig:
     checkpoint: str = ""
     """Checkpoint folder, local or s3://, or a hub name in Hugging Face's BLIP layout. Empty: checkpoint/ of the demo."""
     images: str = ""
-    """Folder or s3:// root; every image below it gets one row. Empty: the demo's test images."""
+    """Folder or s3:// root; every image below it gets one row. Empty: the demo's bucket."""
     out: str = default_root("demo/captions")
     """Folder or s3:// root for the rows: data/, _SUCCESS.json. Another checkpoint or other settings in it are refused."""
     format: Literal["parquet", "jsonl"] = "parquet"
@@ -321,6 +335,10 @@ class CaptionBucketConfig:
             )
         _require_decoding(self)
         _require(self.num_gpus > 0, f"--num-gpus must be positive, got {self.num_gpus}; --device cpu uses none")
+        _require(
+            self.num_gpus < 1 or self.num_gpus == int(self.num_gpus),
+            f"--num-gpus must be whole or below 1, got {self.num_gpus}; Ray shares a GPU or gives whole ones",
+        )
         _require(self.decode_timeout_s > 0, f"--decode-timeout-s must be positive, got {self.decode_timeout_s}")
         _require(bool(self.suffixes.strip(" ,")), "--suffixes is empty; name some, or * for every file")
 
@@ -381,8 +399,16 @@ class ServeConfig:
                 getattr(self, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}"
             )
         _require_decoding(self)
+        _require(
+            self.max_body_bytes <= 64 * 2**20,  # raycap.image.MAX_BYTES: larger ones would be refused all the same
+            f"--max-body-bytes must be at most {64 * 2**20}, got {self.max_body_bytes}",
+        )
         _require(1 <= self.port <= 65535, f"--port must be in [1, 65535], got {self.port}")
         _require(self.num_gpus > 0, f"--num-gpus must be positive, got {self.num_gpus}; --device cpu uses none")
+        _require(
+            self.num_gpus < 1 or self.num_gpus == int(self.num_gpus),
+            f"--num-gpus must be whole or below 1, got {self.num_gpus}; Ray shares a GPU or gives whole ones",
+        )
         _require(
             min(self.request_timeout_s, self.decode_timeout_s) > 0,
             f"--request-timeout-s and --decode-timeout-s must be positive, got {self.request_timeout_s} and {self.decode_timeout_s}",

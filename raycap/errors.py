@@ -37,6 +37,7 @@ class RequestErrorKind(StrEnum):
     UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
     OVERLOADED = "overloaded"
     TIMEOUT = "timeout"
+    UNAVAILABLE = "unavailable"  # no captioner answers: it is starting, or it died
     INTERNAL = "internal"
 
 

@@ -3,14 +3,27 @@
 Owns no batching and no normalisation (that happens on the model's device, see `normalize`).
 """
 
-import contextlib
 import io
+import struct
 import warnings
+import zlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    ExifTags,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+)
 
 from raycap.errors import ErrorKind, ImageError
 from raycap.schema import ImageSpec
@@ -20,11 +33,51 @@ if TYPE_CHECKING:
 
 Pixels = npt.NDArray[np.uint8]
 
+# The plugins of FORMATS, in their order. They are imported here because Image.open imports every one of Pillow for a missing one.
+PLUGINS = (
+    JpegImagePlugin,
+    PngImagePlugin,
+    WebPImagePlugin,
+    GifImagePlugin,
+    BmpImagePlugin,
+    TiffImagePlugin,
+    AvifImagePlugin,
+)
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 50_000_000  # a 10.8 KB PNG can claim 88 million; Pillow refuses only above 179 million
 MAX_ASPECT = 100
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+# Pillow refuses twice this, and that before WebP's decoder takes memory for its canvas, which _check_dimensions cannot.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
+# The doors decode many images at once, and the memory of a decoder must not depend on the machine's cores.
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+
+# What Pillow and its decoders raise of damaged bytes, as tests/fuzz finds. Anything else is a fault of the image too, for one
+# image never ends a run, but its message says that it was not expected.
+DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    RuntimeError,  # AVIF's decoder
+    struct.error,
+    zlib.error,
+)
+UNEXPECTED = "of an unexpected"
+
+# Pillow warns of oddities that do not change the pixels. Once at import: warnings.catch_warnings is not safe between threads.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # What else lies in folders of images, by its first bytes: told apart from what is no image, never parsed.
 _OTHER_FORMATS = {
@@ -36,45 +89,91 @@ _OTHER_FORMATS = {
     b"\0\0\0\x0cJXL ": "JPEG XL",
     b"\xff\x0a": "JPEG XL",
     **{b"P%d%c" % (number, space): "PNM" for number in range(1, 7) for space in b" \t\r\n"},
-    **{b"ftyp" + brand: "HEIC" for brand in (b"heic", b"heix", b"mif1", b"msf1")},
 }
+_HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")  # of a file of ISO 23008-12, which may hold AVIF as well
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """An image as the model takes it. pixels: uint8 (3, S, S). width, height: of the upright decoded image, in pixels."""
+
+    pixels: Pixels
+    width: int
+    height: int
+
+
+def prepare_bytes(data: bytes, spec: ImageSpec) -> Prepared:
+    """The image in data, decoded and prepared in this process: prepare_image(decode_image(data), spec), without a copy
+    between. Raises ImageError.
+    """
+    try:
+        image = _decode(data)
+        width, height = image.size
+        return Prepared(_square(image, spec.size), width, height)
+    except MemoryError as error:
+        raise _out_of_memory() from error
 
 
 def decode_image(data: bytes) -> Pixels:
     """uint8 RGB (H, W, 3) of the first frame, upright by its EXIF orientation, transparency on white.
 
-    The content decides the format, never a suffix. Raises ImageError.
+    The content decides the format, never a suffix. Colour profiles are not applied; a CMYK JPEG is taken to be inverted,
+    as Adobe writes it and browsers read it. 16-bit colours keep their upper byte. Raises ImageError.
     """
+    try:
+        return np.asarray(_decode(data))
+    except MemoryError as error:
+        raise _out_of_memory() from error
+
+
+def check_bytes(data: bytes, max_bytes: int = MAX_BYTES) -> None:
+    """Raises ImageError if data holds no bytes, or more than max_bytes."""
     if not data:
         raise ImageError(ErrorKind.EMPTY, "the image holds no bytes")
-    if len(data) > MAX_BYTES:
-        raise ImageError(ErrorKind.TOO_MANY_BYTES, f"the image holds {len(data)} bytes, more than {MAX_BYTES}")
+    if len(data) > max_bytes:
+        raise ImageError(ErrorKind.TOO_MANY_BYTES, f"the image holds {len(data)} bytes, more than {max_bytes}")
+
+
+def _decode(data: bytes) -> Image.Image:
+    """What decode_image returns, as an image of mode RGB. Raises ImageError, and MemoryError."""
+    check_bytes(data, MAX_BYTES)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of oddities that do not change the pixels
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_dimensions(*image.size)
-            image.load()
+            image.load()  # no draft(): a JPEG decoded at a fraction of its size costs less and has other pixels
+            vars(image).pop("_decoder", None)  # WebP's holds two more copies of the pixels; done with it
             return _to_rgb(image)
-    except ImageError:
+    except (ImageError, MemoryError):
         raise
     except UnidentifiedImageError as error:
         raise _unidentified(data) from error
-    except Image.DecompressionBombError as error:
-        raise ImageError(ErrorKind.TOO_MANY_PIXELS, str(error)) from error
-    except Exception as error:  # Pillow's plugins raise a dozen types on damaged bytes, AVIF's a bare RuntimeError
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        message = str(error).partition(", could")[0]  # Pillow goes on with a guess about attacks
+        raise ImageError(ErrorKind.TOO_MANY_PIXELS, message) from error
+    except DAMAGE as error:
+        if "out of memory" in str(error).lower():
+            raise _out_of_memory() from error
         kind = ErrorKind.TRUNCATED if "truncated" in str(error).lower() else ErrorKind.CORRUPT
         raise ImageError(kind, f"the image cannot be decoded: {error}") from error
+    except Exception as error:
+        message = f"the image cannot be decoded, {UNEXPECTED} {type(error).__qualname__}: {error}"
+        raise ImageError(ErrorKind.CORRUPT, message) from error
+
+
+def _out_of_memory() -> ImageError:
+    return ImageError(ErrorKind.DECODER_MEMORY, "there is not enough memory to decode the image")
 
 
 def _unidentified(data: bytes) -> ImageError:
     """What to say of bytes that no decoder takes: a damaged header, a format that is not read, or no image at all."""
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS and b"avi" not in data[16:64]:
+        return _unsupported("HEIC")  # asked first, for Pillow takes some of them for AVIF
     for name in FORMATS:
         _, accepts = Image.OPEN[name]
         if accepts and accepts(data[:16]):
             return ImageError(ErrorKind.CORRUPT, f"the image begins as {name} but its header cannot be read")
     for start, name in _OTHER_FORMATS.items():
-        if data.startswith(start) or (name == "HEIC" and data[4:].startswith(start)):
+        if data.startswith(start):
             return _unsupported(name)
     if data.lstrip().startswith((b"<svg", b"<?xml")) and b"<svg" in data[:1000]:
         return _unsupported("SVG")
@@ -92,18 +191,59 @@ def _check_dimensions(width: int, height: int) -> None:
         raise ImageError(ErrorKind.BAD_DIMENSIONS, f"{width} x {height} pixels: too thin to describe")
 
 
-def _to_rgb(image: Image.Image) -> Pixels:
-    with contextlib.suppress(Exception):  # broken EXIF says nothing about the pixels
-        image = ImageOps.exif_transpose(image)
+def _to_rgb(image: Image.Image) -> Image.Image:
+    method = _UPRIGHT.get(_orientation(image))
     if image.mode == "F":
         raise ImageError(ErrorKind.UNSUPPORTED_MODE, "floating-point pixels have no defined range")
-    if image.mode.startswith("I"):  # 16-bit greyscale: convert("RGB") would clip it to white
-        grey = np.clip(np.asarray(image, dtype=np.int64) // 257, 0, 255).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
-    return np.asarray(image.convert("RGB"))
+    if image.mode == "I":
+        raise ImageError(ErrorKind.UNSUPPORTED_MODE, "32-bit integer pixels have no defined range")
+    if image.mode.startswith("I;16"):
+        image = _sixteen_bit_grey(image)
+    elif image.mode == "P" and image.palette is None:
+        raise ImageError(ErrorKind.CORRUPT, "the image cannot be decoded: its palette is missing")
+    elif image.has_transparency_data:
+        image = _on_white(image)
+    elif image.mode != "RGB":
+        image = image.convert("RGB")
+    return image.transpose(method) if method is not None else image
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return orientation if isinstance(orientation, int) else 1
+    except MemoryError:
+        raise
+    except Exception:  # broken EXIF says nothing about the pixels
+        return 1
+
+
+def _sixteen_bit_grey(image: Image.Image) -> Image.Image:
+    """Scaled to 8 bits: convert("RGB") would clip it to white. The transparent shade of a PNG is laid on white."""
+    shades = np.asarray(image)
+    highest, white_is_zero = 65_535, False
+    if isinstance(image, TiffImagePlugin.TiffImageFile):  # Pillow leaves both to its user
+        bits = image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (16,))
+        highest = 2 ** bits[0] - 1
+        white_is_zero = image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+    grey = (np.minimum(shades, highest).astype(np.uint32) * 255 // highest).astype(np.uint8)
+    if white_is_zero:
+        grey = 255 - grey
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[shades == transparent] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """By strips of a million pixels: whole, it takes four copies of the image, more than a decoder's process may use."""
+    rgb = Image.new("RGB", image.size)
+    rows = max(1, 2**20 // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
+        white = Image.new("RGBA", strip.size, (255, 255, 255, 255))
+        rgb.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return rgb
 
 
 def prepare_image(image: Pixels, spec: ImageSpec) -> Pixels:
@@ -117,10 +257,13 @@ def prepare_image(image: Pixels, spec: ImageSpec) -> Pixels:
             f"an array of {image.dtype} {image.shape} is no uint8 RGB image (height, width, 3); convert it",
         )
     _check_dimensions(image.shape[1], image.shape[0])
-    if image.shape[:2] != (spec.size, spec.size):
-        resized = Image.fromarray(image).resize((spec.size, spec.size), Image.Resampling.BICUBIC)
-        image = np.asarray(resized)
-    return np.ascontiguousarray(image.transpose(2, 0, 1))
+    return _square(Image.fromarray(image), spec.size)
+
+
+def _square(image: Image.Image, size: int) -> Pixels:
+    """uint8 (3, size, size), contiguous, of an RGB image."""
+    resized = image.resize((size, size), Image.Resampling.BICUBIC)
+    return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
 
 
 def normalize(pixels: "torch.Tensor", spec: ImageSpec) -> "torch.Tensor":

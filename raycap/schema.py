@@ -1,6 +1,6 @@
 """The nouns that rooms exchange. Owns their fields and Arrow schemas, no behaviour; imports nothing heavy."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -57,6 +57,9 @@ def _triple(values: Any) -> tuple[float, float, float]:
     return r, g, b
 
 
+MAX_LENGTH_PENALTY = 10  # the power of a length of 1,000 tokens that float32 still holds
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeSettings:
     """How a caption is searched.
@@ -73,16 +76,29 @@ class DecodeSettings:
     num_candidates: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or not 0 <= self.min_new_tokens <= self.max_new_tokens:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}, a caption needs at least 1; give a larger one")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
             raise ValueError(
-                f"decode settings need 0 <= min_new_tokens <= max_new_tokens and max_new_tokens >= 1, got "
-                f"{self.min_new_tokens} and {self.max_new_tokens}"
+                f"min_new_tokens is {self.min_new_tokens} and max_new_tokens {self.max_new_tokens}; give a min_new_tokens from 0 to "
+                f"max_new_tokens"
             )
-        if self.num_beams < 1 or not 0 <= self.num_candidates <= self.num_beams:
+        if self.num_beams < 1:
+            raise ValueError(f"num_beams is {self.num_beams}; give 1 for greedy search, or more")
+        if not 0 <= self.num_candidates <= self.num_beams:
             raise ValueError(
-                f"decode settings need num_beams >= 1 and 0 <= num_candidates <= num_beams, got {self.num_beams} and "
-                f"{self.num_candidates}"
+                f"num_candidates is {self.num_candidates} and num_beams {self.num_beams}; a search finds as many captions as it has "
+                f"beams, so give a num_candidates from 0 to num_beams"
             )
+        if not abs(self.length_penalty) <= MAX_LENGTH_PENALTY:  # nor NaN
+            raise ValueError(
+                f"length_penalty is {self.length_penalty}; give one from -{MAX_LENGTH_PENALTY} to {MAX_LENGTH_PENALTY}"
+            )
+
+    def override(self, *, num_beams: int = 0, max_new_tokens: int = 0, num_candidates: int = 0) -> "DecodeSettings":
+        """These settings with the given values where they are not 0. Raises ValueError, naming the values that clash."""
+        given = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "num_candidates": num_candidates}
+        return replace(self, **{name: value for name, value in given.items() if value})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,5 +148,40 @@ def manifest_schema() -> "pa.Schema":
             ("etag", pa.string()),
             ("keys", pa.list_(pa.string())),
             ("offsets", pa.list_(pa.int64())),
+        ]
+    )
+
+
+def bulk_manifest_schema() -> "pa.Schema":
+    """Arrow schema of a bulk output's manifest.parquet: one row per image, sorted by key. etag: as storage lists it."""
+    import pyarrow as pa
+
+    return pa.schema([("key", pa.string()), ("num_bytes", pa.int64()), ("etag", pa.string())])
+
+
+def caption_schema() -> "pa.Schema":
+    """Arrow schema of bulk captions: one row per image of the manifest, in its order.
+
+    Either caption or error_kind is null. width, height: pixels of the image upright, null if it could not be decoded.
+    checkpoint, settings: fingerprints of what captioned it; verified: whether a raycap.json vouches for the checkpoint.
+    """
+    import pyarrow as pa
+
+    candidate = pa.struct([("caption", pa.string()), ("score", pa.float32())])
+    return pa.schema(
+        [
+            ("key", pa.string()),
+            ("caption", pa.string()),
+            ("score", pa.float32()),
+            ("candidates", pa.list_(candidate)),
+            ("error_kind", pa.string()),
+            ("error", pa.string()),
+            ("width", pa.int32()),
+            ("height", pa.int32()),
+            ("num_bytes", pa.int64()),
+            ("etag", pa.string()),
+            ("checkpoint", pa.string()),
+            ("settings", pa.string()),
+            ("verified", pa.bool_()),
         ]
     )

@@ -16,10 +16,12 @@ import glob
 import os
 import random
 import shutil
+import stat
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -43,6 +45,33 @@ _BUSY_CODES = frozenset(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file as a listing shows it. etag: changes when the file does: S3's, or size and time of change of a local file."""
+
+    name: str
+    num_bytes: int
+    etag: str
+
+
+class EntryError(StorageError):
+    """One listed file is gone, forbidden or replaced. The storage as a whole may be well."""
+
+
+_GONE, _FORBIDDEN = "it was listed but is gone", "it was listed but access to it is refused"
+_REPLACED, _IRREGULAR = "it was replaced since it was listed", "it is no regular file"
+_CHANGED_CODES = {
+    **dict.fromkeys(("NoSuchKey", "404"), _GONE),
+    **dict.fromkeys(("AccessDenied", "403", "InvalidObjectState"), _FORBIDDEN),
+    **dict.fromkeys(("PreconditionFailed", "412"), _REPLACED),
+}
+_CHANGED_ERRNOS = {
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO), _GONE),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), _FORBIDDEN),
+    errno.EISDIR: _IRREGULAR,
+}
+
+
 def is_url(root: str) -> bool:
     """True for `scheme://...`, false for a path."""
     return "://" in root
@@ -61,23 +90,57 @@ def list_files(root: str, suffixes: Sequence[str] = ()) -> list[str]:
     for a folder that links into itself, and for a local name that is not UTF-8.
     """
     endings = tuple(suffix.lower() for suffix in suffixes)
-    if not is_url(root):
-        with _local_errors("list", root):
-            names = [name for name in _walk(_path(root), "", ()) if not endings or name.lower().endswith(endings)]
-        for name in names:
-            if not _is_utf8(name):
-                raise StorageError(f"cannot list {root!r}: the file name {name!r} is not UTF-8; rename that file")
-        return sorted(names)
-    bucket, prefix = _bucket_key(root)
-    if prefix and not prefix.endswith("/"):
-        prefix += "/"
+    if is_url(root):
+        names = [entry.name for entry in _s3_entries(root)]
+        return sorted(name for name in names if not endings or name.lower().endswith(endings))
+    with _local_errors("list", root):
+        names = [name for name, _ in _walk(_path(root), "", ()) if not endings or name.lower().endswith(endings)]
+    _require_utf8(root, names)
+    return sorted(names)
 
-    def keys(client: Any) -> list[str]:
+
+def list_entries(root: str) -> list[Entry]:
+    """What list_files names, with size and etag, sorted by name: one request per page of S3, one stat per local file.
+
+    A link to nothing has size 0 and etag "". Raises as list_files does.
+    """
+    if is_url(root):
+        entries = _s3_entries(root)
+    else:
+        with _local_errors("list", root):
+            entries = [_local_entry(name, found) for name, found in _walk(_path(root), "", ())]
+        _require_utf8(root, [entry.name for entry in entries])
+    return sorted(entries, key=lambda entry: entry.name)
+
+
+def has_files(root: str) -> bool:
+    """Whether anything, a folder too, is below root now; one request. Raises StorageError if root cannot be listed."""
+    if not is_url(root):
+        with _local_errors("list", root), os.scandir(_path(root)) as found:
+            return any(True for _ in found)
+    bucket, prefix = _bucket_folder(root)
+    first = _s3("list", root, lambda client: client.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1))
+    return bool(first.get("Contents"))
+
+
+def _s3_entries(root: str) -> list[Entry]:
+    bucket, prefix = _bucket_folder(root)
+
+    def entries(client: Any) -> list[Entry]:
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        return [item["Key"][len(prefix) :] for page in pages for item in page.get("Contents", ())]
+        return [
+            Entry(item["Key"][len(prefix) :], item["Size"], item["ETag"].strip('"'))
+            for page in pages
+            for item in page.get("Contents", ())
+        ]
 
     # The empty name is the object that consoles create to show a "folder": it is the root itself, not a file below it.
-    return sorted(name for name in _s3("list", root, keys) if name and (not endings or name.lower().endswith(endings)))
+    return [entry for entry in _s3("list", root, entries) if entry.name]
+
+
+def _bucket_folder(root: str) -> tuple[str, str]:
+    bucket, prefix = _bucket_key(root)
+    return bucket, f"{prefix}/" if prefix and not prefix.endswith("/") else prefix
 
 
 def exists(url: str) -> bool:
@@ -108,6 +171,29 @@ def read_bytes(url: str) -> bytes:
             return f.read()
     bucket, key = _bucket_key(url)
     return _s3("read", url, lambda client: bytes(client.get_object(Bucket=bucket, Key=key)["Body"].read()))
+
+
+def read_entry(root: str, entry: Entry) -> bytes:
+    """The file as it was listed. Raises EntryError if it is gone, forbidden or replaced since, else StorageError."""
+    url = join(root, entry.name)
+    if not is_url(url):
+        with _local_errors("read", url):
+            return _read_as_listed(url, entry)
+    bucket, key = _bucket_key(url)
+
+    def get(client: Any) -> bytes:
+        from botocore.exceptions import ClientError
+
+        try:
+            # The server compares, so that not even a file replaced in this moment is taken for the listed one.
+            return bytes(client.get_object(Bucket=bucket, Key=key, IfMatch=f'"{entry.etag}"')["Body"].read())
+        except ClientError as e:
+            reason = _CHANGED_CODES.get(_code(e))
+            if reason is None:
+                raise
+            raise EntryError(f"cannot read {url!r}: {reason} ({_code(e)})") from e
+
+    return _s3("read", url, get)
 
 
 def read_range(url: str, start: int, stop: int) -> bytes:
@@ -244,8 +330,8 @@ def _path(path: str) -> Path:
     return Path(path)
 
 
-def _walk(folder: Path, name: str, above: tuple[Path, ...]) -> Iterator[str]:
-    """Names below folder, each behind the prefix `name`. above: the folders on the way, to notice a loop of links."""
+def _walk(folder: Path, name: str, above: tuple[Path, ...]) -> Iterator[tuple[str, "os.DirEntry[str]"]]:
+    """Files below folder, their names behind the prefix `name`. above: the folders on the way, to notice a loop of links."""
     real = folder.resolve()
     if real in above:
         raise StorageError(f"cannot list '{folder}': it links to '{real}', which contains it; remove that link")
@@ -254,15 +340,45 @@ def _walk(folder: Path, name: str, above: tuple[Path, ...]) -> Iterator[str]:
             if entry.is_dir():
                 yield from _walk(Path(entry.path), f"{name}{entry.name}/", (*above, real))
             elif not entry.name.startswith(_TEMPORARY):
-                yield name + entry.name
+                yield name + entry.name, entry
 
 
-def _is_utf8(name: str) -> bool:
+def _local_entry(name: str, found: "os.DirEntry[str]") -> Entry:
     try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        about = found.stat()
+    except OSError:
+        return Entry(name, 0, "")  # a link to nothing, or removed in this moment: whoever reads it is told
+    return Entry(name, about.st_size, _local_etag(about))
+
+
+def _local_etag(about: os.stat_result) -> str:
+    return f"{about.st_size:x}-{about.st_mtime_ns:x}"
+
+
+def _read_as_listed(url: str, entry: Entry) -> bytes:
+    try:
+        # Without waiting: a pipe among the images would hold its reader for ever.
+        with open(os.open(_path(url), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as f:
+            about = os.fstat(f.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                raise EntryError(f"cannot read {url!r}: {_IRREGULAR}")
+            data = f.read() if _local_etag(about) == entry.etag else None
+    except OSError as e:
+        reason = _CHANGED_ERRNOS.get(e.errno or 0)
+        if reason is None:
+            raise
+        raise EntryError(f"cannot read {url!r}: {reason} ({e.strerror}, {e.errno})") from e
+    if data is None or len(data) != entry.num_bytes:
+        raise EntryError(f"cannot read {url!r}: {_REPLACED}")
+    return data
+
+
+def _require_utf8(root: str, names: Sequence[str]) -> None:
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise StorageError(f"cannot list {root!r}: the file name {name!r} is not UTF-8; rename that file") from None
 
 
 def _local_create(path: Path, data: bytes) -> bool:

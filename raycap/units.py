@@ -8,7 +8,7 @@ Owns the protocol that shards, feature caches, bulk captions and filtered sets s
 4. seal    when all units exist, the marker says so; readers trust a folder only by its marker
 
 Nothing here depends on a clock, a lease or on which process ran what: two runs at once, or a worker that outlives its
-driver, make the same bytes under the same names, and one of them wins.
+driver, make the same units under the same names, and one of them wins.
 """
 
 import hashlib
@@ -60,6 +60,16 @@ def commit(url: str, data: bytes) -> bool:
         f"cannot commit unit {name!r}: {folder!r} holds another run's {name!r} ({_describe(found)}, not "
         f"{_describe(data)}); choose another --out"
     )
+
+
+def commit_first(url: str, data: bytes) -> bool:
+    """Create the unit: True if this call did, False if it was there, with whatever bytes.
+
+    For units whose last digits depend on where they were computed: a score differs between a GPU and a CPU, or between
+    two numbers of threads, so equal bytes cannot be asked for. What says that the unit there belongs to this output is
+    the plan that every run of it had to claim.
+    """
+    return storage.put_new(url, data)
 
 
 def done(root: str, suffix: str) -> set[str]:

@@ -1,5 +1,6 @@
-"""The demo data set as shards: made once below the demo's output root, found again by every job without flags."""
+"""The demo's inputs, made once below its output root and found again by every job without flags: shards, and a bucket."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,25 @@ def make_demo(config: DemoConfig, report: Callable[[str], None] = print) -> Demo
             _make_tokenizer(annotations, images, demo.tokenizer)
         prepare_shards(annotations, images, storage.join(config.out, "shards", split), report=report)
     return demo
+
+
+def demo_bucket(out: str) -> str:
+    """Where the demo below `out` keeps the folder of images that is captioned in bulk, whether or not it exists."""
+    return storage.join(out, "data", "bucket")
+
+
+def make_bucket(out: str) -> str:
+    """That folder: the demo's test images, and three files such as every real bucket holds; what is there already stays."""
+    bucket = Path(demo_bucket(out))
+    bucket.mkdir(parents=True, exist_ok=True)
+    images = sorted(Path(storage.join(out, "data", "coco", "images", "test")).iterdir())
+    for image in images:
+        if not (bucket / image.name).exists():
+            shutil.copy(image, bucket)
+    storage.put_new(str(bucket / "cut-off.jpg"), images[0].read_bytes()[:1500])
+    storage.put_new(str(bucket / "an-error-page.jpg"), b"<!DOCTYPE html><title>404 Not Found</title>")
+    storage.put_new(str(bucket / "empty.png"), b"")
+    return str(bucket)
 
 
 def _make_tokenizer(annotations: str, images: str, folder: str) -> None:

@@ -15,7 +15,6 @@ import hashlib
 import json
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -151,16 +150,13 @@ def _run(pending: dict[str, list[SampleRef]], out: str, add: Callable[[int], Non
         return None
     import ray.data
     import ray.exceptions
-    from ray.util.annotations import RayDeprecationWarning
 
     from raycap.data.stream import quiet_context
 
     # JSON, because Arrow knows no column of ids that are sometimes numbers and sometimes strings.
     items = [{"name": name, "refs": json.dumps([asdict(ref) for ref in refs])} for name, refs in pending.items()]
     try:
-        with ray.data.DataContext.current(quiet_context()), warnings.catch_warnings():
-            # Ray 2.64 wants to drop the argument max_retries and names no other way to bound retries.
-            warnings.simplefilter("ignore", RayDeprecationWarning)
+        with ray.data.DataContext.current(quiet_context()):
             pack = functools.partial(_pack_block, out=out)
             tasks = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
                 pack, batch_size=None, batch_format="pyarrow", max_retries=_MAX_RETRIES

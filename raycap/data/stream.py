@@ -7,6 +7,7 @@ own share of CPUs, because Ray Data's splitting may give ranks unequal counts.
 
 import logging
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import ray
 import ray.data
 from ray.data import DataContext, Dataset, ExecutionResources
+from ray.util.annotations import RayDeprecationWarning
 
 from raycap.data.batch import Batch, Columns, Order, Source, load_steps, split_steps
 from raycap.errors import StorageError
@@ -80,6 +82,8 @@ def quiet_context() -> DataContext:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = None  # nothing merges or splits blocks
+    # Ray 2.64 wants to drop arguments such as max_retries and names no other way to bound retries.
+    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that its bars are off
     return context

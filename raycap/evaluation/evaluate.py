@@ -1,10 +1,12 @@
-"""Captions of a split -> metrics.json and captions.json, as a Ray Data job with Captioner processes."""
+"""Captions of a split -> scores, captions and report.html, as a Ray Data job with Captioner processes."""
 
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,78 +15,109 @@ import torch
 
 from raycap import cluster, storage
 from raycap.captioner import Captioner
-from raycap.checkpoint import CheckpointSpec, load_checkpoint
+from raycap.checkpoint import CheckpointSpec, open_checkpoint
 from raycap.config import EvaluateConfig, default_root
 from raycap.data.batch import Batch, Columns, InOrder, Source, split_steps
 from raycap.data.demo import demo_shards
 from raycap.data.stream import own_errors, steps_dataset
 from raycap.errors import UserError
 from raycap.metrics.coco import coco_scores
+from raycap.report import write_report
+from raycap.report.read import PER_IMAGE
+from raycap.schema import DecodeSettings
 from raycap.shards import Manifest, check_shards, read_manifest
 
 REPORT_S = 5.0
+MAX_RETRIES = 3  # of a block whose captioner died
+Row = dict[str, Any]  # of one image: key, image_id, caption, references, error_kind
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
-    """Corpus metrics of a checkpoint on a split; writes metrics.json and captions.json below config.out."""
+    """Corpus metrics of a checkpoint on a split; what is written below config.out is in `_write`."""
     checkpoint, shards = _inputs(config)
-    spec, _ = load_checkpoint(checkpoint)
+    spec, _ = open_checkpoint(checkpoint, prompt=config.prompt)
+    settings = spec.decode.override(num_beams=config.num_beams, max_new_tokens=config.max_new_tokens)
+    spec.check_settings(settings)
+    spec = replace(spec, decode=settings)
     manifest = read_manifest(shards)
     check_shards(manifest)
+    _check_keys(manifest)
     num_images = min(config.max_images or manifest.num_samples, manifest.num_samples)
-    num_gpus = config.concurrency if config.device == "cuda" else 0
-    cluster.connect(
-        num_cpus=config.concurrency + 1,
-        num_gpus=num_gpus,
-        need=f"--concurrency {config.concurrency} captioners + 1 for reading",
-    )
-    use_gpu = cluster.use_gpus(config.device, config.concurrency, "--concurrency")
-    print(f"captioning {num_images} images of {shards} with {checkpoint}", flush=True)
-
-    captions: dict[str, str] = {}
-    references: dict[str, tuple[str, ...]] = {}
-    image_ids: dict[str, Any] = {}
-    errors: Counter[str] = Counter()
-    begun = reported = 0.0
-    for row in _caption_rows(config, checkpoint, spec, manifest, num_images, use_gpu):
-        begun = begun or time.perf_counter()  # rates leave out the start of the processes
-        if row["error_kind"]:
-            errors[row["error_kind"]] += 1
-            continue
-        captions[row["key"]], references[row["key"]] = row["caption"], tuple(row["captions"])
-        image_ids[row["key"]] = row["image_id"] if row["image_id"] is not None else row["key"]
-        if time.perf_counter() - max(reported, begun) > REPORT_S:
-            reported = time.perf_counter()
-            rate = len(captions) / (reported - begun)
-            left = (num_images - len(captions)) / rate
-            print(f"images={len(captions)}/{num_images} images_per_s={rate:.1f} eta_s={left:.0f}", flush=True)
-    if not captions:
+    use_gpu = _connect(config)
+    unverified = "" if spec.verified else " (unverified: no raycap.json vouches for it)"
+    print(f"captioning {num_images} images of {shards} with {checkpoint}{unverified}", flush=True)
+    rows = list(_report_progress(_caption_rows(config, checkpoint, spec, manifest, num_images, use_gpu), num_images))
+    captioned = [row for row in rows if not row["error_kind"]]
+    errors = Counter(row["error_kind"] for row in rows if row["error_kind"])
+    if not captioned:
         raise UserError(
             f"none of the {num_images} images in {shards!r} could be decoded ({dict(errors)}); check the shards"
         )
-    print(f"captioned {len(captions)} images; scoring", flush=True)
-    metrics = asdict(coco_scores(captions, references))
-    del metrics["cider_by_key"]
-    report = {
-        "metrics": metrics,
-        "num_images": len(captions),
+    print(f"captioned {len(captioned)} images; scoring", flush=True)
+    scores = asdict(
+        coco_scores({r["key"]: r["caption"] for r in captioned}, {r["key"]: r["references"] for r in captioned})
+    )
+    cider_by_key = scores.pop("cider_by_key")
+    about = {
+        "metrics": scores,
+        "num_images": len(captioned),
         "skipped_by_kind": dict(errors),
         "checkpoint": checkpoint,
         "checkpoint_step": spec.info.get("step"),
+        "checkpoint_fingerprint": spec.fingerprint,
+        "verified": spec.verified,
         "shards": shards,
         "data_fingerprint": manifest.fingerprint,
         "decode": asdict(spec.decode),
         "prompt": spec.text.prompt,
+        "evaluated_at": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
     }
-    results = [{"image_id": image_ids[key], "caption": caption} for key, caption in captions.items()]
-    storage.put(
-        storage.join(config.out, "captions.json"), (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode()
-    )
-    storage.put(storage.join(config.out, "metrics.json"), (json.dumps(report, indent=2) + "\n").encode())
-    for name, value in metrics.items():
+    _write(config.out, rows, cider_by_key, about)
+    return scores
+
+
+def _write(out: str, rows: list[Row], cider_by_key: dict[str, float], about: dict[str, Any]) -> None:
+    """The four files of an evaluation.
+
+    captions.json: COCO's results format. per_image.jsonl: every image, a skipped one with its error kind. metrics.json:
+    the scores and what they are of. report.html: all of it for people, with what training left in the folder.
+    """
+    captioned = [row for row in rows if not row["error_kind"]]
+    results = [
+        {"image_id": row["key"] if row["image_id"] is None else row["image_id"], "caption": row["caption"]}
+        for row in captioned
+    ]
+    lines = (json.dumps(row | {"cider": cider_by_key.get(row["key"])}) + "\n" for row in rows)
+    storage.put(storage.join(out, "captions.json"), (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
+    storage.put(storage.join(out, PER_IMAGE), "".join(lines).encode())
+    storage.put(storage.join(out, "metrics.json"), (json.dumps(about, indent=2) + "\n").encode())
+    for name, value in about["metrics"].items():
         print(f"{name:<8} {value:.4f}")
-    print(f"wrote {config.out}/metrics.json and {config.out}/captions.json", flush=True)
-    return metrics
+    print(f"wrote {out}/metrics.json, captions.json and {PER_IMAGE}", flush=True)
+    print(f"report: {write_report(out)}", flush=True)
+
+
+def _connect(config: EvaluateConfig) -> bool:
+    """Connects to Ray and checks its size. Whether the captioners use GPUs."""
+    cluster.connect(
+        num_cpus=config.concurrency + 1,
+        num_gpus=config.concurrency if config.device == "cuda" else 0,
+        need=f"--concurrency {config.concurrency} captioners + 1 for reading",
+    )
+    return cluster.use_gpus(config.device, config.concurrency, "--concurrency")
+
+
+def _report_progress(rows: Iterator[Row], num_images: int) -> Iterator[Row]:
+    """The rows, with a line every REPORT_S seconds; rates leave out the start of the processes."""
+    begun = reported = 0.0
+    for number, row in enumerate(rows, start=1):
+        now = time.perf_counter()
+        begun, reported = begun or now, reported or now
+        if now - reported > REPORT_S:
+            reported, rate = now, number / (now - begun)
+            left = (num_images - number) / rate
+            print(f"images={number}/{num_images} images_per_s={rate:.1f} eta_s={left:.0f}", flush=True)
+        yield row
 
 
 def _inputs(config: EvaluateConfig) -> tuple[str, str]:
@@ -102,39 +135,49 @@ def _inputs(config: EvaluateConfig) -> tuple[str, str]:
     return checkpoint, shards
 
 
+def _check_keys(manifest: Manifest) -> None:
+    """Raises UserError if two samples share a key: scores are by key, so one of them would count for both."""
+    key, count = Counter(key for shard in manifest.shards for key in shard.keys).most_common(1)[0]
+    if count > 1:
+        raise UserError(
+            f"{count} images in {manifest.root!r} have the key {key!r}; prepare the shards again with a key for each image"
+        )
+
+
 class _CaptionBlock:
     """A Ray Data actor: a block of prepared rows in, one caption or error kind per image out."""
 
-    def __init__(self, checkpoint: str, device: str, micro_batch_size: int) -> None:
+    def __init__(self, load: Callable[[], Captioner], settings: DecodeSettings, micro_batch_size: int) -> None:
         torch.set_num_threads(1)
-        self._captioner = Captioner.load(checkpoint, device=device)
-        self._size = micro_batch_size
+        self._captioner = load()
+        self._settings, self._size = settings, micro_batch_size
 
     def __call__(self, block: Columns) -> Columns:
         rows = [row for batch in split_steps(block) for row in self._rows(batch)]
         return {"row": np.array([json.dumps(row) for row in rows], dtype=object)}
 
-    def _rows(self, batch: Batch) -> Iterator[dict[str, Any]]:
+    def _rows(self, batch: Batch) -> Iterator[Row]:
         kinds = dict(batch.errors)
         for first in range(0, len(batch.keys), self._size):
             part = slice(first, first + self._size)
-            results = self._captioner.caption_prepared(np.ascontiguousarray(batch.pixel_values[part]))
+            results = self._captioner.caption_prepared(np.ascontiguousarray(batch.pixel_values[part]), self._settings)
             about = zip(batch.keys[part], batch.image_ids[part], batch.captions[part], results, strict=True)
             for key, image_id, references, result in about:
                 if key:
-                    kind = kinds.get(key, "")
+                    kind = kinds.get(key)
                     yield {
                         "key": key,
                         "image_id": image_id,
-                        "captions": references,
-                        "caption": result.caption,
+                        "caption": None if kind else result.caption,
+                        "references": references,
                         "error_kind": kind,
                     }
 
 
 def _caption_rows(
     config: EvaluateConfig, checkpoint: str, spec: CheckpointSpec, manifest: Manifest, num_images: int, use_gpu: bool
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Row]:
+    load = partial(Captioner.load, checkpoint, device="cuda" if use_gpu else "cpu", prompt=config.prompt)
     order = InOrder(num_samples=num_images, global_batch_size=config.micro_batch_size)
     source = Source(
         manifest=manifest,
@@ -148,12 +191,20 @@ def _caption_rows(
         ray.put((order, source)), 0, order.num_steps, 1, 0, 1, num_cpus=config.concurrency + 1
     ).map_batches(
         _CaptionBlock,
-        fn_constructor_args=(checkpoint, "cuda" if use_gpu else "cpu", config.micro_batch_size),
+        fn_constructor_args=(load, spec.decode, config.micro_batch_size),
         batch_size=None,
         compute=ray.data.ActorPoolStrategy(size=config.concurrency),
         num_cpus=1,
         num_gpus=1 if use_gpu else 0,
+        max_restarts=-1,
+        max_task_retries=MAX_RETRIES,
     )
     with own_errors():
-        for row in blocks.iter_rows():
-            yield json.loads(row["row"])
+        for block_row in blocks.iter_rows():
+            row: Row = json.loads(block_row["row"])
+            if not row["references"]:
+                raise UserError(
+                    f"the image {row['key']!r} in {manifest.root!r} has no captions to compare with; evaluate on shards whose "
+                    f"samples have some"
+                )
+            yield row

@@ -44,9 +44,10 @@ class Validator:
             bad = {key for key, _ in batch.errors}
             for first in range(0, len(batch.keys), self._micro_batch_size):
                 rows = slice(first, first + self._micro_batch_size)
-                results = self._captioner.caption_prepared(
-                    batch.pixel_values[rows], all_finished=self._all_finished, autocast=engine.autocast()
-                )
+                with engine.autocast():
+                    results = self._captioner.caption_prepared(
+                        batch.pixel_values[rows], all_finished=self._all_finished
+                    )
                 for key, refs, result in zip(batch.keys[rows], batch.captions[rows], results, strict=True):
                     if key and refs and key not in bad:
                         captions[key], references[key] = result.caption or "", refs

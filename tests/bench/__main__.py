@@ -3,6 +3,7 @@
 Figures that matter are written to LOG.md by hand, with hardware and versions. A benchmark without a peer has "peer": null.
 """
 
+import contextlib
 import json
 import statistics
 import subprocess
@@ -10,14 +11,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).parents[2]
 Line = dict[str, Any]
 
 
-def line(name: str, values: list[float], unit: str, must: float, aim: float, **more: Any) -> Line:
+def line(*, name: str, values: list[float], unit: str, must: float, aim: float, **more: Any) -> Line:
     """The result of one benchmark: the median of its values, and their spread."""
     spread = (max(values) - min(values)) / statistics.median(values)
     return {
@@ -35,24 +39,43 @@ def line(name: str, values: list[float], unit: str, must: float, aim: float, **m
 
 
 def demo() -> Line:
-    """Wall time of the whole demo after installation, from nothing, and the CIDEr it ends with on unseen pairs."""
+    """Wall time of the whole demo after installation, from nothing, the most memory it held, and the CIDEr it ends with."""
     with tempfile.TemporaryDirectory() as folder:
         begun = time.perf_counter()
-        subprocess.run([sys.executable, "jobs/demo.py", "--out", folder], cwd=ROOT, check=True)
+        process = subprocess.Popen([sys.executable, "jobs/demo.py", "--out", folder], cwd=ROOT)
+        peak_bytes = peak_memory_bytes(process)
         wall_s = time.perf_counter() - begun
+        if process.returncode:
+            sys.exit(f"the demo ended with exit code {process.returncode}")
         metrics = json.loads((Path(folder) / "metrics.json").read_text())["metrics"]
         train_s = json.loads((Path(folder) / "train.json").read_text())["wall_s"]
     return line(
-        "demo",
-        [wall_s],
-        "s",
-        420,
-        240,
+        name="demo",
+        values=[wall_s],
+        unit="s",
+        must=480,
+        aim=300,
         train_s=train_s,
+        peak_gb=round(peak_bytes / 1e9, 2),
+        peak_gb_must=8,
         cider=round(metrics["cider"], 3),
         cider_must=0.8,
         cider_aim=1.5,
     )
+
+
+def peak_memory_bytes(process: subprocess.Popen[bytes]) -> int:
+    """The largest sum, over a process and all its children, of memory with shared pages counted once; waits for its end."""
+    peak = 0
+    while process.poll() is None:
+        held = 0
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+                with contextlib.suppress(psutil.Error):
+                    held += member.memory_full_info().pss
+        peak = max(peak, held)
+        time.sleep(1)
+    return peak
 
 
 def help_time() -> Line:
@@ -66,21 +89,44 @@ def help_time() -> Line:
             times.append(time.perf_counter() - begun)
         if not slowest or statistics.median(times) > statistics.median(slowest):
             slowest = times
-    return line("help_time", slowest, "s", 1, 1)
+    return line(name="help_time", values=slowest, unit="s", must=1, aim=1)
 
 
-BENCHMARKS: dict[str, Callable[[], Line]] = {"help_time": help_time, "demo": demo}
+def imported(module: str) -> Callable[[], Line]:
+    """The benchmark `measure` of a module of this folder; what it returns is made a line."""
+
+    def run() -> Line:
+        measured: dict[str, Any] = import_module(f"tests.bench.{module}").measure()
+        return line(**measured) if "values" in measured else measured
+
+    return run
+
+
+MODULES = ("first_caption", "bulk_overhead", "serve_noop")
+BENCHMARKS: dict[str, Callable[[], Line]] = {
+    "help_time": help_time,
+    "demo": demo,
+    **{module: imported(module) for module in MODULES},
+}
+
+
+def run_all() -> None:
+    """Every benchmark in a process of its own, because some start Ray; ends with a table."""
+    results = []
+    for name in BENCHMARKS:
+        done = subprocess.run([sys.executable, "-m", "tests.bench", name], cwd=ROOT, stdout=subprocess.PIPE, check=True)
+        print(done.stdout.decode(), end="", flush=True)
+        results.append(json.loads(done.stdout.splitlines()[-1]))
+    for result in results:
+        print(
+            f"{result['name']:<14} ours {result['ours']} {result['unit']}; must {result['must']}, aim {result['aim']}"
+        )
+
 
 if __name__ == "__main__":
-    chosen = sys.argv[1:] or list(BENCHMARKS)
-    unknown = [name for name in chosen if name not in BENCHMARKS]
-    if unknown:
-        sys.exit(f"no benchmark {unknown[0]!r}; there are: {', '.join(BENCHMARKS)}")
-    results = [BENCHMARKS[name]() for name in chosen]
-    for result in results:
-        print(json.dumps(result))
-    if len(results) > 1:
-        for result in results:
-            print(
-                f"{result['name']:<12} {result['ours']:>10} {result['unit']:<4} must {result['must']} aim {result['aim']}"
-            )
+    if not sys.argv[1:]:
+        run_all()
+    for name in sys.argv[1:]:
+        if name not in BENCHMARKS:
+            sys.exit(f"no benchmark {name!r}; there are: {', '.join(BENCHMARKS)}")
+        print(json.dumps(BENCHMARKS[name]()), flush=True)

@@ -1,15 +1,17 @@
 """raycap/captioner.py: one result per image, in order, whatever the images are and however they come together."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny import png_images, tiny_checkpoint
+from tiny import png_images, tiny_checkpoint, write_published
 from torch import Tensor
 
 from raycap.captioner import Captioner
 from raycap.checkpoint import export_weights, save_checkpoint
+from raycap.errors import CheckpointError, UserError
 from raycap.image import decode_image, prepare_image
 from raycap.schema import CaptionResult, DecodeSettings
 
@@ -52,15 +54,18 @@ def test_no_bad_image_raises(captioner: Captioner) -> None:
     assert captioner.caption([]) == []
 
 
-def test_an_image_has_the_same_caption_in_any_batch(captioner: Captioner) -> None:
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_an_image_has_the_same_caption_in_any_batch(captioner: Captioner, num_beams: int) -> None:
     images = png_images(24)
-    alone = [captioner.caption([image])[0] for image in images]
+    settings = replace(captioner.spec.decode, num_beams=num_beams, num_candidates=num_beams)
+    alone = [captioner.caption([image], settings)[0] for image in images]
     assert len({result.caption for result in alone}) > 6
     for size in (2, 5, 24):
-        batched = [r for first in range(0, 24, size) for r in captioner.caption(images[first : first + size])]
+        batched = [r for first in range(0, 24, size) for r in captioner.caption(images[first : first + size], settings)]
         assert [result.caption for result in batched] == [result.caption for result in alone]
+        assert [[c for c, _ in r.candidates] for r in batched] == [[c for c, _ in r.candidates] for r in alone]
         assert [r.score for r in batched] == pytest.approx([r.score for r in alone], rel=1e-4)
-    backwards = captioner.caption(images[::-1])[::-1]
+    backwards = captioner.caption(images[::-1], settings)[::-1]
     assert [result.caption for result in backwards] == [result.caption for result in alone]
 
 
@@ -71,6 +76,123 @@ def test_settings_are_those_of_the_checkpoint_unless_given(captioner: Captioner)
     short = captioner.caption(images, DecodeSettings(max_new_tokens=1))
     assert short != default
     assert all(len((result.caption or "").split()) <= 1 for result in short)
+
+
+def test_bytes_of_any_type_are_images_and_anything_else_is_refused_before_any_work(captioner: Captioner) -> None:
+    image = png_images(1)[0]
+    expected = captioner.caption([image])
+    padded = memoryview(b"__" + image)[2:]
+    assert [captioner.caption([data]) for data in (bytearray(image), memoryview(image), padded)] == [expected] * 3
+    assert captioner.caption([bytearray(b"<html>")])[0].error_kind == "not_an_image"
+    for wrong in ("cat.jpg", None, Path("cat.jpg"), torch.zeros(8, 8, 3)):
+        with pytest.raises(
+            TypeError, match=rf"image 1 of 2 is {type(wrong).__name__}, which no caption is made of; give"
+        ):
+            captioner.caption([b"", wrong])
+
+
+def test_candidates_are_the_best_beams_best_first(captioner: Captioner) -> None:
+    images = png_images(5)
+    settings = DecodeSettings(max_new_tokens=12, num_beams=4, length_penalty=1.0)
+    plain = captioner.caption(images, settings)
+    assert all(result.candidates == () for result in plain)
+    for num_candidates in (1, 3, 4):
+        results = captioner.caption(images, replace(settings, num_candidates=num_candidates))
+        for result, expected in zip(results, plain, strict=True):
+            assert len(result.candidates) == num_candidates
+            assert result.candidates[0] == (result.caption, result.score) == (expected.caption, expected.score)
+            scores = [score for _, score in result.candidates]
+            assert scores == sorted(scores, reverse=True)  # the rank is the score at a length penalty of 1
+    greedy = captioner.caption(images, DecodeSettings(max_new_tokens=12, num_candidates=1))
+    assert all(result.candidates == ((result.caption, result.score),) for result in greedy)
+    better = [b.score > g.score for b, g in zip(plain, greedy, strict=True) if b.caption != g.caption]
+    assert any(better)
+
+
+def test_captions_longer_than_the_models_texts_are_refused_before_any_work(captioner: Captioner) -> None:
+    image = png_images(1)
+    longest = DecodeSettings(max_new_tokens=64, min_new_tokens=64)  # position 64 of 64 is the last that is read
+    assert captioner.caption(image, longest)[0].caption
+    sentence = r"max_new_tokens=65 behind the prompt '' \(1 tokens with the first\) is more than the 64 text .*; give at most 64"
+    for num_beams in (1, 2):
+        settings = DecodeSettings(max_new_tokens=65, num_beams=num_beams)
+        with pytest.raises(ValueError, match=sentence):
+            captioner.caption([b"no image"], settings)
+        with pytest.raises(ValueError, match=sentence):
+            captioner.caption_prepared(np.zeros((1, 3, 32, 32), np.uint8), settings)
+    prompted = Captioner(captioner.model, tiny_checkpoint(prompt="a picture of ")[0])
+    assert prompted.caption(image, DecodeSettings(max_new_tokens=61, min_new_tokens=61))[0].caption
+    with pytest.raises(ValueError, match="give at most 61"):
+        prompted.caption(image, DecodeSettings(max_new_tokens=62))
+
+
+def test_no_images_have_no_captions(captioner: Captioner) -> None:
+    assert captioner.caption([]) == []
+    assert captioner.caption_prepared(np.zeros((0, 3, 32, 32), np.uint8)) == []
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_broken_model_gives_an_error_and_no_captions(num_beams: int) -> None:
+    spec, model, _ = tiny_checkpoint()
+    with torch.no_grad():
+        model.vision_model.get_parameter("post_layernorm.bias")[0] = torch.inf
+    captioner = Captioner(model, spec, source="s3://models/broken")
+    settings = DecodeSettings(max_new_tokens=5, num_beams=num_beams)
+    with pytest.raises(
+        CheckpointError, match=r"the model of 's3://models/broken' gives probabilities .* infinite or NaN"
+    ):
+        captioner.caption(png_images(2), settings)
+    # One rank of several must not raise alone: the others would wait for it.
+    pixels = np.zeros((2, 3, 32, 32), np.uint8)
+    results = captioner.caption_prepared(pixels, settings, all_finished=lambda finished: finished)
+    assert all(np.isnan(result.score) for result in results)
+
+
+def test_bf16_computes_in_bf16_and_leaves_the_weights(captioner: Captioner) -> None:
+    half = Captioner(captioner.model, captioner.spec, dtype="bf16")
+    seen: list[torch.dtype] = []
+    layer = captioner.model.vision_model.encoder.layers[0].mlp.fc1
+    handle = layer.register_forward_hook(lambda *args: seen.append(args[2].dtype))
+    results = half.caption(png_images(8))
+    captioner.caption(png_images(1))
+    with torch.autocast("cpu", torch.bfloat16):  # as training validates
+        in_context = captioner.caption(png_images(8))
+    handle.remove()
+    assert seen == [torch.bfloat16, torch.float32, torch.bfloat16]
+    assert in_context == results
+    assert {parameter.dtype for parameter in captioner.model.parameters()} == {torch.float32}
+    exact = captioner.caption(png_images(8))
+    assert [r.score for r in results] != [r.score for r in exact]
+    assert sum(a.caption == b.caption for a, b in zip(results, exact, strict=True)) >= 4
+    with pytest.raises(ValueError, match="dtype is 'fp16'; give one of fp32, bf16"):
+        Captioner(captioner.model, captioner.spec, dtype="fp16")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "cud", "meta:x"])
+def test_a_device_that_is_not_there_is_refused_before_the_checkpoint_is_read(device: str) -> None:
+    with pytest.raises(UserError, match=rf"device '{device}' cannot be used on this machine \(.*\); give device='cpu'"):
+        Captioner.load("/no/such/checkpoint", device=device)
+
+
+def test_settings_override_each_other_by_values_that_are_not_zero() -> None:
+    settings = DecodeSettings(max_new_tokens=12, min_new_tokens=4, num_beams=3, length_penalty=0.5)
+    assert settings.override() == settings
+    assert settings.override(max_new_tokens=4, num_candidates=3) == replace(
+        settings, max_new_tokens=4, num_candidates=3
+    )
+    assert settings.override(num_beams=1).num_beams == 1
+    for given, sentence in (
+        ({"max_new_tokens": 3}, "min_new_tokens is 4 and max_new_tokens 3; give"),
+        ({"num_candidates": 4}, "num_candidates is 4 and num_beams 3; a search"),
+        ({"num_candidates": 2, "num_beams": 1}, "num_candidates is 2 and num_beams 1; a search"),
+        ({"max_new_tokens": -1}, "max_new_tokens is -1"),
+        ({"num_beams": -2}, "num_beams is -2"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            settings.override(**given)
+    for length_penalty in (float("nan"), float("inf"), -11.0):
+        with pytest.raises(ValueError, match=f"length_penalty is {length_penalty}; give one from -10 to 10"):
+            DecodeSettings(length_penalty=length_penalty)
 
 
 def test_read_only_arrays_are_captioned_as_they_are(captioner: Captioner) -> None:
@@ -96,4 +218,15 @@ def test_a_loaded_captioner_is_the_saved_one(captioner: Captioner, tmp_path: Pat
     save_checkpoint(str(tmp_path / "c"), export_weights(captioner.model.state_dict()), captioner.spec, {})
     loaded = Captioner.load(str(tmp_path / "c"))
     assert not loaded.model.training
+    assert (loaded.verified, loaded.fingerprint) == (True, loaded.spec.fingerprint)
+    assert len(loaded.fingerprint) == 64
     assert loaded.caption(png_images(5)) == captioner.caption(png_images(5))
+
+
+def test_published_weights_are_captioned_with_and_named_unverified(tmp_path: Path) -> None:
+    write_published(tmp_path / "published")
+    captioner = Captioner.load(tmp_path / "published", prompt="two dogs", dtype="bf16")
+    assert (captioner.verified, captioner.spec.text.prompt, captioner.dtype) == (False, "two dogs", "bf16")
+    results = captioner.caption(png_images(3))
+    assert [result.error_kind for result in results] == [None] * 3
+    assert len({result.score for result in results}) == 3

@@ -1,44 +1,33 @@
-"""raycap/checkpoint.py: what was saved comes back bit by bit, damage is named, and plain transformers reads the folder."""
+"""raycap/checkpoint: what was saved comes back bit by bit, damage is named, and plain transformers reads the folder."""
 
 import errno
-import io
 import json
 import os
-import shutil
-import time
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file, save_file
-from tiny import png_images, tiny_checkpoint
-from tokenizers import Tokenizer
+from safetensors.torch import save_file
+from tiny import captions_by_transformers, edit_json, png_images, tiny_checkpoint
 from transformers import (
     AutoProcessor,
     AutoTokenizer,
     BlipForConditionalGeneration,
-    BlipImageProcessorPil,
     BlipProcessor,
 )
 
-from raycap import checkpoint
 from raycap.captioner import Captioner
 from raycap.checkpoint import (
     SEAL,
-    CheckpointSpec,
     export_weights,
-    import_published,
     load_checkpoint,
     load_model,
     save_checkpoint,
 )
+from raycap.checkpoint.folder import sha256_of_json, write_json
 from raycap.errors import CheckpointError, StorageError
 from raycap.models.blip import TIED_NAMES
-from raycap.text import save_tokenizer
+from raycap.schema import DecodeSettings
 
 torch.set_num_threads(1)
 
@@ -51,33 +40,6 @@ def saved(tmp_path: Path) -> Path:
     spec, model, _ = tiny_checkpoint(prompt="a picture of ")
     save_checkpoint(str(tmp_path / "checkpoint"), export_weights(model.state_dict()), spec, INFO)
     return tmp_path / "checkpoint"
-
-
-@pytest.fixture
-def published(tmp_path: Path) -> Path:
-    """A folder as Salesforce published BLIP: BERT's tokenizer, to which [DEC] and [ENC] are unknown; no raycap.json."""
-    folder = tmp_path / "published"
-    folder.mkdir()
-    spec, _, model = tiny_checkpoint()
-    model.save_pretrained(folder)
-    # Salesforce's text_config names 2 as the end, which nothing uses; captions end with [SEP].
-    edit_json(folder / "config.json", lambda config: config["text_config"].update(eos_token_id=2))
-    BlipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
-    document = json.loads(spec.tokenizer.to_str())
-    document["added_tokens"] = [t for t in document["added_tokens"] if t["content"] not in ("[DEC]", "[ENC]")]
-    document["model"]["vocab"] = {k: v for k, v in document["model"]["vocab"].items() if k not in ("[DEC]", "[ENC]")}
-    save_tokenizer(Tokenizer.from_str(json.dumps(document)), spec.text, str(folder))
-    return folder
-
-
-def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
-def import_plainly(folder: Path) -> tuple[CheckpointSpec, Any]:
-    return import_published(str(folder), prompt="", max_tokens=20)
 
 
 # ---- round trip
@@ -190,6 +152,30 @@ def test_a_later_format_names_the_version_to_install(saved: Path) -> None:
         load_checkpoint(str(saved))
 
 
+def test_a_checkpoint_sealed_with_the_two_older_settings_has_defaults_for_the_others(saved: Path) -> None:
+    seal = json.loads((saved / SEAL).read_text())
+    del seal["sha256"]
+    seal["decode"] = {"max_new_tokens": 9, "min_new_tokens": 1}
+    write_json(saved / SEAL, seal | {"sha256": sha256_of_json(seal)})
+    assert load_checkpoint(str(saved))[0].decode == DecodeSettings(max_new_tokens=9, min_new_tokens=1)
+    seal["decode"]["sampling"] = True  # of a later raycap
+    write_json(saved / SEAL, seal | {"sha256": sha256_of_json(seal)})
+    with pytest.raises(CheckpointError, match=rf"{SEAL} of .* does not read \(.*sampling.*\); install the raycap that"):
+        load_checkpoint(str(saved))
+    write_json(saved / SEAL, {"format_version": 1, "sha256": sha256_of_json({"format_version": 1})})
+    with pytest.raises(CheckpointError, match=r"does not read \('files'\); install .*\(unknown\)"):
+        load_checkpoint(str(saved))
+
+
+def test_a_kind_of_a_later_raycap_is_refused(saved: Path) -> None:
+    seal = json.loads((saved / SEAL).read_text())
+    del seal["sha256"]
+    seal["kind"] = "telepathy"
+    write_json(saved / SEAL, seal | {"sha256": sha256_of_json(seal)})
+    with pytest.raises(CheckpointError, match="holds a model of kind 'telepathy'; this raycap knows"):
+        load_checkpoint(str(saved))
+
+
 # ---- writing
 
 
@@ -197,12 +183,12 @@ def out_of_space(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("function", ["save_file", "save_tokenizer", "_write_json", "_sha256"])
+@pytest.mark.parametrize("function", ["save_file", "save_tokenizer", "write_json", "sha256_of_file"])
 def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_else(
     saved: Path, function: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec, weights = load_checkpoint(str(saved))
-    monkeypatch.setattr(checkpoint, function, out_of_space)
+    monkeypatch.setattr(f"raycap.checkpoint.sealed.{function}", out_of_space)
     with pytest.raises(StorageError, match=f"cannot write checkpoint '{saved}': .*No space left on device; free space"):
         save_checkpoint(str(saved), weights, spec, {"step": 13})
     with pytest.raises(StorageError, match="No space left"):
@@ -234,7 +220,7 @@ def test_an_interrupted_save_leaves_the_older_checkpoint(saved: Path, monkeypatc
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save_tokenizer", interrupt)
+    monkeypatch.setattr("raycap.checkpoint.sealed.save_tokenizer", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(str(saved), weights, spec, {"step": 13})
     assert load_checkpoint(str(saved))[0].info == INFO
@@ -256,18 +242,36 @@ def test_what_a_killed_process_left_is_never_taken_for_a_checkpoint(saved: Path)
     assert not (saved / "stray").exists()
 
 
+def test_leftovers_of_any_killed_process_are_swept_and_nothing_else(saved: Path) -> None:
+    spec, weights = load_checkpoint(str(saved))
+    theirs = [
+        "checkpoint.old-5",
+        ".checkpoint.old-5.new-77",
+        ".checkpoint.old-final",
+        ".checkpoints.old-7",
+        ".other.old-7",
+    ]
+    for name in (*theirs, ".checkpoint.old-7", ".checkpoint.old-123456", ".checkpoint.new-8"):
+        (saved.parent / name).mkdir()
+        (saved.parent / name / "model.safetensors").write_bytes(b"x")
+    save_checkpoint(str(saved), weights, spec, {"step": 13})
+    assert sorted(path.name for path in saved.parent.iterdir()) == sorted(["checkpoint", *theirs])
+    save_checkpoint(str(saved.parent / "checkpoint.old-5"), weights, spec, {})
+    assert sorted(path.name for path in saved.parent.iterdir()) == sorted(["checkpoint", *theirs[:1], *theirs[2:]])
+
+
+def test_the_last_whole_checkpoint_of_a_process_killed_between_its_renames_outlives_a_failed_save(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, weights = load_checkpoint(str(saved))
+    saved.rename(saved.parent / ".checkpoint.old-7")
+    monkeypatch.setattr("raycap.checkpoint.sealed.save_tokenizer", out_of_space)
+    with pytest.raises(StorageError, match="No space left"):
+        save_checkpoint(str(saved), weights, spec, {"step": 13})
+    assert load_checkpoint(str(saved.parent / ".checkpoint.old-7"))[0].info == INFO
+
+
 # ---- plain transformers
-
-
-def captions_by_transformers(folder: Path, images: list[bytes], prompt: str) -> list[str]:
-    model = BlipForConditionalGeneration.from_pretrained(folder).eval()
-    processor = BlipProcessor.from_pretrained(folder)
-    pictures = [Image.open(io.BytesIO(data)) for data in images]
-    text = {"text": [prompt] * len(images)} if prompt else {}
-    inputs = processor(images=pictures, return_tensors="pt", **text)
-    generated = model.generate(**inputs, max_new_tokens=12, num_beams=1, do_sample=False)
-    texts = processor.batch_decode(generated, skip_special_tokens=True)
-    return [text.removeprefix(prompt.strip()).strip() for text in texts]
 
 
 @pytest.mark.parametrize("prompt", ["", "a picture of "])
@@ -296,122 +300,3 @@ def test_plain_transformers_loads_every_part_without_a_complaint(
         expected = published.eval()(pixel_values, ids.expand(3, -1)).logits[:, -1]
         state = model.start(model.encode_image(pixel_values), ids)
     torch.testing.assert_close(model.step(state, ids[-1].expand(3)), expected, rtol=1e-5, atol=1e-5)
-
-
-# ---- published weights
-
-
-def test_a_published_folder_gives_the_captions_of_transformers_and_is_unverified(published: Path) -> None:
-    spec, weights = import_plainly(published)
-    assert not spec.verified
-    assert spec.tokenizer.token_to_id("[DEC]") is None
-    vocab_size = spec.model_config["text_config"]["vocab_size"]
-    assert (spec.text.bos_id, spec.text.eos_id, spec.text.pad_id) == (vocab_size - 2, 3, 0)
-    assert (spec.text.prompt, spec.text.max_tokens, spec.image.size) == ("", 20, 32)
-    captioner = Captioner(load_model(spec, weights, "x").eval(), spec)
-    images = png_images(8)
-    ours = [result.caption for result in captioner.caption(images, replace(spec.decode, max_new_tokens=12))]
-    assert ours == captions_by_transformers(published, images, "")
-
-
-def test_an_imported_model_saved_as_a_checkpoint_gives_the_same_captions(published: Path, tmp_path: Path) -> None:
-    spec, weights = import_plainly(published)
-    before = Captioner(load_model(spec, weights, "x").eval(), spec).caption(png_images(6))
-    save_checkpoint(str(tmp_path / "checkpoint"), weights, spec, {})
-    captioner = Captioner.load(str(tmp_path / "checkpoint"))
-    assert captioner.spec.verified
-    assert captioner.caption(png_images(6)) == before
-
-
-def test_older_and_newer_layouts_of_the_preprocessing_are_read(published: Path) -> None:
-    expected = import_plainly(published)[0].image
-    edit_json(published / "preprocessor_config.json", lambda image: image.update(size=32))
-    assert import_plainly(published)[0].image == expected
-    # What BlipProcessor.save_pretrained of transformers 5 writes.
-    image = json.loads((published / "preprocessor_config.json").read_text())
-    (published / "processor_config.json").write_text(json.dumps({"image_processor": image}))
-    (published / "preprocessor_config.json").unlink()
-    assert import_plainly(published)[0].image == expected
-    edit_json(published / "processor_config.json", lambda p: p["image_processor"].update(size={"shortest_edge": 32}))
-    with pytest.raises(CheckpointError, match=r"processor_config.json of .* no square size"):
-        import_plainly(published)
-    (published / "processor_config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"holds no preprocessor_config.json"):
-        import_plainly(published)
-
-
-def test_settings_that_an_export_left_out_have_their_default(published: Path) -> None:
-    edit_json(published / "config.json", lambda config: config["text_config"].pop("pad_token_id"))
-    assert import_plainly(published)[0].text.pad_id == 0
-
-
-def test_position_ids_and_tied_names_of_older_exports_are_no_obstacle(published: Path) -> None:
-    path = published / "model.safetensors"
-    weights = load_file(path)
-    extra = {"text_decoder.bert.embeddings.position_ids": torch.arange(64)[None]}
-    tied = {second: weights[first].clone() for second, first in TIED_NAMES.items()}
-    save_file(weights | extra | tied, path)
-    spec, given = import_plainly(published)
-    state = load_model(spec, given, "x").state_dict()
-    assert all(torch.equal(state[name], tensor) for name, tensor in weights.items())
-
-
-def test_only_safetensors_are_read(published: Path) -> None:
-    torch.save(load_file(published / "model.safetensors"), published / "pytorch_model.bin")
-    (published / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"holds no \*.safetensors file; raycap loads no pickled weights"):
-        import_plainly(published)
-    (published / "model.safetensors").write_bytes(b"no weights")
-    with pytest.raises(CheckpointError, match=r"'model.safetensors' of .* cannot be read"):
-        import_plainly(published)
-
-
-def test_another_kind_of_model_is_refused(published: Path) -> None:
-    edit_json(published / "config.json", lambda config: config.update(model_type="vit-gpt2"))
-    with pytest.raises(CheckpointError, match="holds a model of type 'vit-gpt2'; raycap imports 'blip'"):
-        import_plainly(published)
-    (published / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"holds no config.json"):
-        import_plainly(published)
-
-
-def test_weights_that_do_not_fit_are_refused_by_the_first_name(published: Path) -> None:
-    spec, weights = import_plainly(published)
-    name = "vision_model.embeddings.position_embedding"
-    with pytest.raises(CheckpointError, match=f"0 missing, 0 unknown, 1 of another shape \\(first: '{name}'\\)"):
-        load_model(spec, {**weights, name: torch.zeros(1, 3, 32)}, "x")
-    without = {key: tensor for key, tensor in weights.items() if key != name}
-    with pytest.raises(CheckpointError, match=f"of 'x' do not fit its config.json: 1 missing, 0 unknown.*'{name}'"):
-        load_model(spec, without, "x")
-    with pytest.raises(CheckpointError, match=r"0 missing, 1 unknown.*first: 'stranger'"):
-        load_model(spec, {**weights, "stranger": torch.zeros(1)}, "x")
-    # A tied tensor under neither of its names is missing under both.
-    tied = "text_decoder.cls.predictions.bias"
-    with pytest.raises(CheckpointError, match=r"2 missing"):
-        load_model(spec, {key: tensor for key, tensor in weights.items() if key != tied}, "x")
-
-
-def test_importing_a_sealed_folder_verifies_it_and_takes_the_given_prompt(saved: Path) -> None:
-    spec, weights = import_published(str(saved), prompt="two ", max_tokens=9)
-    before, expected = load_checkpoint(str(saved))
-    assert spec.verified
-    assert spec.text == replace(before.text, prompt="two ", max_tokens=9)
-    assert (spec.image, spec.decode, spec.info) == (before.image, before.decode, before.info)
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    shutil.copy(saved / "README.md", saved / "config.json")
-    with pytest.raises(CheckpointError, match=r"is damaged: 'config.json'"):
-        import_published(str(saved), prompt="", max_tokens=9)
-
-
-def test_a_hub_name_without_network_is_refused_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # what HF_HUB_OFFLINE=1 sets at import
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    begun = time.perf_counter()
-    with pytest.raises(CheckpointError, match=r"cannot get 'nobody/nothing' from the model hub \(.*local folder"):
-        import_published("nobody/nothing", prompt="", max_tokens=20)
-    assert time.perf_counter() - begun < 2
-    for path in ("/no/such/folder", "./nowhere", "one-word"):
-        with pytest.raises(
-            CheckpointError, match=f"no checkpoint folder at '{path}': it does not exist; check the path"
-        ):
-            import_published(path, prompt="", max_tokens=20)

@@ -1,37 +1,36 @@
 """raycap/image.py: every kind of image file becomes the pixels a viewer shows, and bad ones an ImageError with a kind."""
 
-import io
 import random
-import struct
-import zlib
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from nasty import Nasty, encode, nasty_files, photo, png
 from PIL import Image, ImageFile
 from transformers import BlipImageProcessorPil
 
 from raycap.errors import ErrorKind, ImageError
-from raycap.image import FORMATS, MAX_PIXELS, decode_image, normalize, prepare_image
+from raycap.image import (
+    DAMAGE,
+    FORMATS,
+    MAX_PIXELS,
+    PLUGINS,
+    UNEXPECTED,
+    decode_image,
+    normalize,
+    prepare_bytes,
+    prepare_image,
+)
 from raycap.schema import ImageSpec
 
 WHITE = [255, 255, 255]
 RED = (200, 30, 40)
 
 
-def encode(image: Image.Image, format_name: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format_name, **options)
-    return buffer.getvalue()
-
-
-def photo(width: int = 64, height: int = 48, seed: int = 0) -> Image.Image:
-    """Smooth areas, edges and some noise, as a photograph has them."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:height, :width]
-    waves = [np.sin(x / (3 + 5 * c) + c) + np.cos(y / (7 - c)) + (x > width / 3) for c in range(3)]
-    pixels = 90 + 40 * np.stack(waves, axis=2) + rng.normal(0, 8, (height, width, 3))
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # pytest undoes the filter that raycap.image sets
 
 
 def kind_of(data: bytes) -> ErrorKind:
@@ -45,7 +44,7 @@ def kind_of(data: bytes) -> ErrorKind:
 
 @pytest.mark.parametrize("format_name", ["PNG", "BMP", "TIFF", "GIF", "JPEG", "WEBP", "AVIF"])
 def test_every_format_gives_rgb_bytes_of_its_size(format_name: str) -> None:
-    image = photo()
+    image = photo(64, 48)
     lossless = {"PNG": {}, "BMP": {}, "TIFF": {"compression": "tiff_lzw"}, "WEBP": {"lossless": True}}
     decoded = decode_image(encode(image, format_name, **lossless.get(format_name, {})))
     assert (decoded.shape, decoded.dtype) == ((48, 64, 3), np.uint8)
@@ -83,6 +82,19 @@ def test_other_colour_spaces_become_rgb_as_pillow_converts_them(mode: str) -> No
     image = photo().convert(mode) if mode != "LAB" else Image.new("LAB", (8, 8), (128, 128, 128))
     data = encode(image, "TIFF")
     assert np.array_equal(decode_image(data), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("file", nasty_files(), ids=lambda file: file.name)
+def test_nasty_files_give_their_pixels_or_their_kind(file: Nasty) -> None:
+    if file.kind is None:
+        decoded = decode_image(file.data)
+        assert (decoded.dtype, decoded.shape[2:]) == (np.uint8, (3,))
+        assert file.pixels is None or np.array_equal(decoded, file.pixels)
+    else:
+        with pytest.raises(ImageError) as caught:
+            decode_image(file.data)
+        assert caught.value.kind == file.kind
+        assert UNEXPECTED not in str(caught.value)
 
 
 def test_a_cmyk_jpeg_is_not_inverted() -> None:
@@ -174,17 +186,12 @@ def test_a_file_that_was_cut_is_told_from_one_that_is_no_image() -> None:
 def test_a_small_file_that_claims_eighty_eight_million_pixels_is_refused_before_decoding(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
     side = 9400
-    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)  # 1 bit a pixel
-    rows = zlib.compress(bytes(side * (1 + (side + 7) // 8)), 9)
-    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-    assert len(data) < 11_000
+    data = png(side, side, 1, 0, bytes(side * (1 + (side + 7) // 8)))  # 1 bit a pixel
+    assert len(data) < 12_000
     loaded = []
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: loaded.append(self))
-    with pytest.raises(ImageError, match=f"9400 x 9400 pixels are more than {MAX_PIXELS}") as caught:
+    with pytest.raises(ImageError, match=rf"\(88360000 pixels\) exceeds limit of {MAX_PIXELS}") as caught:
         decode_image(data)
     assert caught.value.kind == ErrorKind.TOO_MANY_PIXELS
     assert not loaded
@@ -237,7 +244,102 @@ def test_five_hundred_mutations_raise_nothing_but_image_errors() -> None:
     assert kinds >= {"decoded", "corrupt", "truncated", "not_an_image"}
 
 
+def test_an_error_that_no_decoder_is_known_to_raise_is_the_images_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: object) -> None:
+        raise ArithmeticError("seven")
+
+    monkeypatch.setattr(PLUGINS[1].PngImageFile, "load", fail)
+    with pytest.raises(ImageError, match="cannot be decoded, of an unexpected ArithmeticError: seven") as caught:
+        decode_image(encode(photo()))
+    assert caught.value.kind == ErrorKind.CORRUPT
+    assert isinstance(caught.value.__cause__, ArithmeticError)
+    assert not isinstance(caught.value.__cause__, DAMAGE)
+
+
+@pytest.mark.parametrize("where", ["load", "getexif", "transpose", "resize"])
+def test_memory_that_runs_out_is_an_error_of_its_own_wherever_it_does(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise MemoryError
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(photo(), exif=exif)
+    monkeypatch.setattr(PLUGINS[1].PngImageFile, where, fail)
+    monkeypatch.setattr(Image.Image, where, fail)
+    with pytest.raises(ImageError, match="there is not enough memory") as caught:
+        prepare_bytes(data, ImageSpec(size=8))
+    assert caught.value.kind == ErrorKind.DECODER_MEMORY
+
+
+def test_the_limit_on_pixels_holds_whatever_others_do_to_that_of_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    bomb = png(9400, 9400, 1, 0, b"")
+    for limit in (None, 10**12):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(ImageError, match=f"9400 x 9400 pixels are more than {MAX_PIXELS}") as caught:
+            decode_image(bomb)
+        assert caught.value.kind == ErrorKind.TOO_MANY_PIXELS
+
+
+def test_no_image_processor_resets_the_limit_of_pillow() -> None:
+    """A model's processor that set it to None once opened a server to bombs (CVE-2026-109229)."""
+    from transformers import CLIPImageProcessor, ViTImageProcessor
+
+    import raycap.captioner  # noqa: F401  all that a door loads
+
+    for processor in (BlipImageProcessorPil, CLIPImageProcessor, ViTImageProcessor):
+        processor()(photo(), return_tensors="np")
+    assert Image.MAX_IMAGE_PIXELS == MAX_PIXELS // 2
+
+
+def test_only_the_plugins_of_the_formats_that_are_read_are_loaded() -> None:
+    """Pillow itself adds PPM's, and MPO's for a JPEG of several; an image cannot reach any other."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from raycap.image import *\n"
+        "for data in (b'no image', b'%!PS-Adobe-3.0 EPSF-3.0'):\n"
+        "    try: decode_image(data)\n"
+        "    except ImageError: pass\n"
+        "print(*sorted(n[4:-11] for n in sys.modules if n.endswith('ImagePlugin')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "."], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["Avif", "Bmp", "Gif", "Jpeg", "Png", "Ppm", "Tiff", "WebP"], done.stderr
+
+
+def test_an_odd_image_warns_nobody_in_any_thread() -> None:
+    """In a process of its own, for pytest sets filters of warnings for each test; -W error would turn one into an error."""
+    code = (
+        "import sys, threading; sys.path.insert(0, sys.argv[1]); from nasty import *; import raycap.image as i\n"
+        "data = encode(photo(), 'JPEG', exif=b'Exif\\0\\0MM\\0*\\0\\0\\0\\x08\\0\\x05\\xff')\n"
+        "large = encode(Image.new('1', (6000, 5000)))\n"
+        "work = lambda: print(i.decode_image(data).shape, i.decode_image(large).shape)\n"
+        "threads = [threading.Thread(target=work) for _ in range(3)]\n"
+        "[t.start() for t in threads]; [t.join() for t in threads]; work()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, str(Path(__file__).parent)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.splitlines() == ["(40, 48, 3) (5000, 6000, 3)"] * 4, done.stderr
+    assert not done.stderr
+
+
 # ---- what the model sees
+
+
+def test_bytes_are_prepared_as_their_decoded_image_is() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for size in (1, 8, 30):
+        for data in (encode(photo(30, 20), exif=exif), encode(photo(30, 30)), encode(photo(41, 20).convert("LA"))):
+            spec = ImageSpec(size=size)
+            decoded = decode_image(data)
+            prepared = prepare_bytes(data, spec)
+            assert np.array_equal(prepared.pixels, prepare_image(decoded, spec))
+            assert (prepared.height, prepared.width) == decoded.shape[:2]
+            assert prepared.pixels.flags.c_contiguous
 
 
 def test_a_prepared_image_is_a_bicubic_square_with_channels_first() -> None:

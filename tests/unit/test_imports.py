@@ -51,6 +51,6 @@ def test_the_help_of_a_job_is_instant(job: str) -> None:
     begun = time.perf_counter()
     names, text = loaded(f"jobs/{job}.py", "--help")
     elapsed_s = time.perf_counter() - begun
-    assert "--out" in text
+    assert "--" in text
     assert not names & HEAVY
     assert elapsed_s < 3  # 0.3 s on an idle machine

@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 
-from raycap.config import TRAIN_PRESETS, DemoConfig, EvaluateConfig, PrepareConfig
+from raycap.config import (
+    TRAIN_PRESETS,
+    CaptionBucketConfig,
+    DemoConfig,
+    EvaluateConfig,
+    PrepareConfig,
+    ServeConfig,
+)
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -19,6 +26,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "train_blip": TRAIN_PRESETS,
     "prepare_shards": {"coco": PrepareConfig()},
     "evaluate": {"evaluate": EvaluateConfig()},
+    "caption_bucket": {"caption_bucket": CaptionBucketConfig()},
+    "serve": {"serve": ServeConfig()},
     "demo": {"demo": DemoConfig()},
 }
 

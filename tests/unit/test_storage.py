@@ -51,6 +51,67 @@ def test_listing_refuses_a_missing_folder_and_a_name_that_is_not_utf8(tmp_path: 
         storage.list_files(str(tmp_path))
 
 
+def test_entries_are_the_files_with_size_and_an_etag_that_changes_with_them(tmp_path: Path) -> None:
+    for name, data in (("b", b"12"), ("a/x.jpg", b"123"), ("a b", b"")):
+        storage.put(f"{tmp_path}/{name}", data)
+    (tmp_path / "dangling").symlink_to("nowhere")
+    first = storage.list_entries(str(tmp_path))
+    assert [(entry.name, entry.num_bytes) for entry in first] == [("a b", 0), ("a/x.jpg", 3), ("b", 2), ("dangling", 0)]
+    assert first == storage.list_entries(f"{tmp_path}/")
+    storage.put(f"{tmp_path}/b", b"21")
+    second = storage.list_entries(str(tmp_path))
+    assert [one.name for one, other in zip(first, second, strict=True) if one != other] == ["b"]
+    with pytest.raises(StorageError, match=r"cannot list '.*/nothing': No such file"):
+        storage.list_entries(f"{tmp_path}/nothing")
+
+
+def test_an_entry_is_read_as_it_was_listed_or_refused(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    for name in ("same", "gone", "replaced", "longer", "folder"):
+        storage.put(f"{root}/{name}", name.encode())
+    (tmp_path / "dangling").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    entries = {entry.name: entry for entry in storage.list_entries(root)}
+    for name in ("gone", "folder"):
+        storage.remove(f"{root}/{name}")
+    (tmp_path / "folder").mkdir()
+    storage.put(f"{root}/replaced", b"REPLACED")
+    with open(tmp_path / "longer", "ab") as f:
+        f.write(b"!")
+    assert storage.read_entry(root, entries["same"]) == b"same"
+    for name, words in {
+        "gone": r"it was listed but is gone \(No such file or directory, 2\)",
+        "dangling": r"it was listed but is gone \(No such file or directory, 2\)",
+        "replaced": "it was replaced since it was listed",
+        "longer": "it was replaced since it was listed",
+        "pipe": "it is no regular file",
+        "folder": "it is no regular file",
+    }.items():
+        with pytest.raises(storage.EntryError, match=f"^cannot read '{root}/{name}': {words}"):
+            storage.read_entry(root, entries[name])
+
+
+def test_a_disk_that_fails_is_no_fault_of_the_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.put(f"{tmp_path}/x", b"x")
+    (entry,) = storage.list_entries(str(tmp_path))
+
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "open", broken)
+    with pytest.raises(StorageError, match=r"^cannot read '.*/x': Input/output error \(5\)") as caught:
+        storage.read_entry(str(tmp_path), entry)
+    assert not isinstance(caught.value, storage.EntryError)
+
+
+def test_a_folder_has_files_or_not_or_is_missing(tmp_path: Path) -> None:
+    assert not storage.has_files(str(tmp_path))
+    storage.put(f"{tmp_path}/x", b"")
+    assert storage.has_files(str(tmp_path))
+    with pytest.raises(StorageError, match="cannot list"):
+        storage.has_files(f"{tmp_path}/nothing")
+
+
 @pytest.mark.parametrize("call", [storage.read_bytes, storage.exists, storage.list_files, storage.remove])
 @pytest.mark.parametrize("url", ["shards", "./shards", "gs://bucket/x", "s3:///x", "/a\0b", ""])
 def test_anything_but_an_absolute_path_or_an_s3_url_is_refused(call: object, url: str) -> None:

@@ -19,6 +19,13 @@ def test_committing_the_same_bytes_again_is_fine_and_other_bytes_are_refused(tmp
     assert storage.read_bytes(url) == b"one"
 
 
+def test_the_first_of_two_units_that_may_differ_stays(tmp_path: Path) -> None:
+    url = f"{tmp_path}/unit-00000000.parquet"
+    assert units.commit_first(url, b"score -0.1")
+    assert not units.commit_first(url, b"score -0.1000001")
+    assert storage.read_bytes(url) == b"score -0.1"
+
+
 def test_done_lists_finished_units_only(tmp_path: Path) -> None:
     assert units.done(f"{tmp_path}/out", ".json") == set()
     units.commit(f"{tmp_path}/out/u0.json", b"")

@@ -1,16 +1,21 @@
 """Tiny models for tests: BLIP's structure and token roles at a size that trains in milliseconds."""
 
 import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import BlipConfig, BlipForConditionalGeneration
+from tokenizers import Tokenizer
+from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessorPil, BlipProcessor
 
 from raycap.checkpoint import CheckpointSpec
 from raycap.models.blip import Blip
 from raycap.schema import DecodeSettings, ImageSpec
-from raycap.text import text_spec, train_wordpiece
+from raycap.text import save_tokenizer, text_spec, train_wordpiece
 
 PAD_ID, EOS_ID = 0, 3
 
@@ -79,3 +84,36 @@ def png_images(count: int) -> list[bytes]:
         fields.resize((40 + 3 * n, 50 - n), Image.Resampling.NEAREST).save(buffer, "PNG")
         encoded.append(buffer.getvalue())
     return encoded
+
+
+def write_published(folder: Path) -> None:
+    """A folder as Salesforce published BLIP: BERT's tokenizer, to which [DEC] and [ENC] are unknown; no raycap.json."""
+    folder.mkdir()
+    spec, _, model = tiny_checkpoint()
+    model.save_pretrained(folder)
+    # Salesforce's text_config names 2 as the end, which nothing uses; captions end with [SEP].
+    edit_json(folder / "config.json", lambda config: config["text_config"].update(eos_token_id=2))
+    BlipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    document = json.loads(spec.tokenizer.to_str())
+    document["added_tokens"] = [t for t in document["added_tokens"] if t["content"] not in ("[DEC]", "[ENC]")]
+    document["model"]["vocab"] = {k: v for k, v in document["model"]["vocab"].items() if k not in ("[DEC]", "[ENC]")}
+    save_tokenizer(Tokenizer.from_str(json.dumps(document)), spec.text, str(folder))
+    (folder / "generation_config.json").unlink()
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def captions_by_transformers(folder: Path, images: list[bytes], prompt: str, max_new_tokens: int = 12) -> list[str]:
+    """Greedy captions of a folder by plain transformers, without the prompt."""
+    model = BlipForConditionalGeneration.from_pretrained(folder).eval()
+    processor = BlipProcessor.from_pretrained(folder)
+    pictures = [Image.open(io.BytesIO(data)) for data in images]
+    text = {"text": [prompt] * len(images)} if prompt else {}
+    inputs = processor(images=pictures, return_tensors="pt", **text)
+    generated = model.generate(**inputs, max_new_tokens=max_new_tokens, num_beams=1, do_sample=False)
+    texts = processor.batch_decode(generated, skip_special_tokens=True)
+    return [text.removeprefix(prompt.strip()).strip() for text in texts]

@@ -1,0 +1,1 @@
+"""A folder or bucket of images -> one caption row per image: list, plan, caption, commit, verify."""

@@ -1,0 +1,80 @@
+"""What a user sees of a bulk run: a line every few seconds, and a table at its end."""
+
+import contextlib
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+REPORT_S = 5.0
+STAGES = ("read", "decode", "caption", "write")
+
+
+class Progress:
+    """Counts units as they are committed. rows: of units that exist; errors, seconds: of the units this run made."""
+
+    def __init__(self, num_images: int, rows: int) -> None:
+        self.num_images, self.rows = num_images, rows
+        self.made = 0
+        self.errors: Counter[str] = Counter()
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self._first_rows = rows
+        self._begun = self._first_done = time.monotonic()
+        self._first_unit = 0
+
+    def add(self, *, num_images: int, made: bool, errors: dict[str, int], seconds: dict[str, float]) -> None:
+        """One unit more. made: false if another run had committed it."""
+        self.rows += num_images
+        self.made += made
+        self.errors.update(errors)
+        for stage, value in seconds.items():
+            self.seconds[stage] += value
+        if not self._first_unit:
+            self._first_done, self._first_unit = time.monotonic(), num_images
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self._begun
+
+    def images_per_s(self) -> float:
+        """Without the start of processes, once a second unit is done."""
+        done = self.rows - self._first_rows
+        if done > self._first_unit:
+            return (done - self._first_unit) / max(time.monotonic() - self._first_done, 1e-3)
+        return done / max(self.elapsed_s, 1e-3)
+
+    def line(self) -> str:
+        """One line of key=value. read_s and the others: process seconds spent so far, summed over processes."""
+        rate = self.images_per_s()
+        eta = f"{(self.num_images - self.rows) / rate:.0f}" if rate else "unknown"
+        stages = " ".join(f"{stage}_s={self.seconds[stage]:.1f}" for stage in STAGES)
+        return (
+            f"rows={self.rows}/{self.num_images} images_per_s={rate:.1f} errors={self.errors.total()} eta_s={eta} "
+            f"elapsed_s={self.elapsed_s:.0f} {stages}"
+        )
+
+
+@contextlib.contextmanager
+def reporting(progress: Progress, report: Callable[[str], None]) -> Iterator[None]:
+    """Reports a line every REPORT_S, from a thread: a slow unit must not look like a job that hangs; and one at the end."""
+    finished = threading.Event()
+
+    def tick() -> None:
+        while not finished.wait(REPORT_S):
+            report(progress.line())
+
+    ticker = threading.Thread(target=tick, daemon=True)
+    ticker.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        ticker.join()
+        report(progress.line())
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The images with a caption, and the others by error kind, most frequent first."""
+    kinds = sorted(summary["errors"].items(), key=lambda item: (-item[1], item[0]))
+    return "\n".join(f"{name:<20}{count:>10}" for name, count in [("captioned", summary["num_captioned"]), *kinds])

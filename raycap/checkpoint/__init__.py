@@ -1,0 +1,22 @@
+"""The one checkpoint folder: save, load, verify, and opening of published weights. safetensors and JSON only, never a pickle.
+
+Hugging Face layout plus raycap.json, which is written last and names every file with its size and sha256. DeepSpeed's
+sharded state is not in here: it lies apart and serves only to resume training.
+"""
+
+from raycap.checkpoint.published import import_published, open_checkpoint
+from raycap.checkpoint.sealed import SEAL, load_checkpoint, save_checkpoint
+from raycap.checkpoint.spec import CheckpointSpec
+from raycap.checkpoint.weights import Weights, export_weights, load_model
+
+__all__ = [
+    "SEAL",
+    "CheckpointSpec",
+    "Weights",
+    "export_weights",
+    "import_published",
+    "load_checkpoint",
+    "load_model",
+    "open_checkpoint",
+    "save_checkpoint",
+]

@@ -1,0 +1,152 @@
+"""Our own checkpoint folder: Hugging Face layout, sealed by raycap.json, which names every file and itself by sha256."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from raycap.checkpoint.folder import local_copy, new_folder, read_json, sha256_of_file, sha256_of_json, write_json
+from raycap.checkpoint.spec import CheckpointSpec, check_spec
+from raycap.checkpoint.weights import WHOLE, Weights, read_weights
+from raycap.errors import CheckpointError
+from raycap.schema import DecodeSettings, ImageSpec
+from raycap.text import TextSpec, load_tokenizer, save_tokenizer
+
+FORMAT_VERSION = 1
+SEAL = "raycap.json"
+
+
+def save_checkpoint(root: str, weights: Weights, spec: CheckpointSpec, info: Mapping[str, Any]) -> None:
+    """Writes the folder `root` (local or s3://), replacing one that is there; a reader never sees half of it.
+
+    weights: fp32 on the CPU, by Hugging Face's names. info: step, metrics, resolved config, data fingerprint: JSON.
+    Raises StorageError.
+    """
+    with new_folder(root, last=SEAL) as folder:
+        save_file({k: v.contiguous() for k, v in weights.items()}, folder / WHOLE, metadata={"format": "pt"})
+        (folder / WHOLE).chmod(0o644)  # the library writes 0600, which locks out others on shared storage
+        save_tokenizer(spec.tokenizer, spec.text, str(folder))
+        for name, content in _hugging_face_files(spec).items():
+            write_json(folder / name, content)
+        (folder / "README.md").write_text(_model_card(spec, info))
+        files = {p.name: {"size": p.stat().st_size, "sha256": sha256_of_file(p)} for p in sorted(folder.iterdir())}
+        seal = {
+            "format_version": FORMAT_VERSION,
+            "kind": spec.kind,
+            "image": spec.image.to_dict(),
+            "text": asdict(spec.text),
+            "decode": asdict(spec.decode),
+            "info": dict(info),
+            "versions": {name: version(name) for name in ("raycap", "torch", "transformers", "safetensors")},
+            "files": files,
+        }
+        # The seal's own fields hold the prompt and the image size: they must not change unnoticed either.
+        write_json(folder / SEAL, seal | {"sha256": sha256_of_json(seal)})
+
+
+def load_checkpoint(root: str) -> tuple[CheckpointSpec, Weights]:
+    """What `save_checkpoint` wrote, verified file by file.
+
+    Raises CheckpointError for a folder that is missing, is not a checkpoint, is of a later format, or is damaged.
+    """
+    with local_copy(root) as folder:
+        seal = read_json(folder / SEAL, root)
+        if seal.get("format_version") != FORMAT_VERSION:
+            raise CheckpointError(
+                f"checkpoint {root!r} has format {seal.get('format_version')!r}, this raycap reads {FORMAT_VERSION}; install the "
+                f"raycap that wrote it ({_writer(seal)})"
+            )
+        fingerprint = seal.pop("sha256", None)
+        if fingerprint != sha256_of_json(seal):
+            raise CheckpointError(f"checkpoint {root!r} is damaged: {SEAL!r} is not as it was written; copy it again")
+        try:
+            _verify(folder, seal["files"], root)
+            spec = CheckpointSpec(
+                kind=seal["kind"],
+                model_config=read_json(folder / "config.json", root),
+                tokenizer=load_tokenizer(str(folder)),
+                text=TextSpec(**seal["text"]),
+                image=ImageSpec.from_dict(seal["image"]),
+                decode=DecodeSettings(**seal["decode"]),  # fields it lacks are younger than it, and have their defaults
+                fingerprint=fingerprint,
+                info=seal["info"],
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{SEAL} of {root!r} holds what this raycap does not read ({error}); install the raycap that wrote it "
+                f"({_writer(seal)})"
+            ) from error
+        check_spec(spec, root)
+        # Only what the seal names: a file that somebody added is nobody's word.
+        files = [folder / name for name in sorted(seal["files"]) if name.endswith(".safetensors")]
+        return spec, read_weights(files, root)
+
+
+def _writer(seal: Mapping[str, Any]) -> str:
+    versions = seal.get("versions")
+    return str(versions.get("raycap", "unknown")) if isinstance(versions, dict) else "unknown"
+
+
+def _verify(folder: Path, files: Mapping[str, Mapping[str, Any]], root: str) -> None:
+    for name, expected in files.items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            raise CheckpointError(f"checkpoint {root!r} lacks {name!r}, which its {SEAL} names; copy the folder again")
+        if path.stat().st_size != expected["size"] or sha256_of_file(path) != expected["sha256"]:
+            raise CheckpointError(
+                f"checkpoint {root!r} is damaged: {name!r} is not the file its {SEAL} names by size and sha256; copy it again"
+            )
+
+
+def _hugging_face_files(spec: CheckpointSpec) -> dict[str, dict[str, Any]]:
+    """The JSON files plain transformers reads, v4 and v5."""
+    image = {
+        "image_processor_type": "BlipImageProcessor",
+        "processor_class": "BlipProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "size": {"height": spec.image.size, "width": spec.image.size},
+        "resample": 3,  # bicubic
+        "rescale_factor": 1 / 255,
+        "image_mean": list(spec.image.mean),
+        "image_std": list(spec.image.std),
+    }
+    generation: dict[str, Any] = {
+        "bos_token_id": spec.text.bos_id,
+        "eos_token_id": spec.text.eos_id,
+        "pad_token_id": spec.text.pad_id,
+        "max_new_tokens": spec.decode.max_new_tokens,
+        "num_beams": spec.decode.num_beams,
+    }
+    if spec.decode.min_new_tokens:
+        generation["min_new_tokens"] = spec.decode.min_new_tokens
+    if spec.decode.num_beams > 1:  # transformers warns of settings that its search does not use
+        generation |= {"length_penalty": spec.decode.length_penalty, "early_stopping": False}
+    return {
+        "config.json": spec.model_config | {"architectures": ["BlipForConditionalGeneration"], "model_type": spec.kind},
+        "generation_config.json": generation,
+        "preprocessor_config.json": image,
+        "processor_config.json": {"processor_class": "BlipProcessor", "image_processor": image},
+    }
+
+
+def _model_card(spec: CheckpointSpec, info: Mapping[str, Any]) -> str:
+    metrics = "\n".join(f"| {k} | {v:.4f} |" for k, v in info.get("metrics", {}).items() if isinstance(v, float))
+    return f"""---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [image-captioning, raycap]
+---
+A {spec.kind} image captioner trained with raycap {version("raycap")}, step {info.get("step", "unknown")}.
+
+Images are resized to {spec.image.size} x {spec.image.size} pixels. Prompt: {spec.text.prompt!r}.
+
+| metric | value |
+| --- | --- |
+{metrics}
+"""

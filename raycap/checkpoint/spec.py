@@ -1,0 +1,102 @@
+"""What a checkpoint says of its model: CheckpointSpec, and whether its parts fit each other. Reads no file."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from raycap.errors import CheckpointError
+from raycap.models import KINDS
+from raycap.schema import DecodeSettings, ImageSpec
+from raycap.text import TextSpec, prompt_ids
+
+# The largest values that are built, each several times that of any published captioner: numbers beyond are damage.
+LARGEST = {
+    "hidden_size": 16_384,
+    "encoder_hidden_size": 16_384,
+    "intermediate_size": 65_536,
+    "num_hidden_layers": 256,
+    "num_attention_heads": 256,
+    "vocab_size": 2_000_000,
+    "max_position_embeddings": 65_536,
+    "image_size": 4_096,
+    "patch_size": 4_096,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSpec:
+    """Everything about a model but its weights.
+
+    verified: read from a folder whose raycap.json vouches for every file. fingerprint: sha256 (hex) of the checkpoint,
+    the same for every copy of the folder, whatever prompt it is opened with; "" of a model that was read from none.
+    """
+
+    kind: str
+    model_config: dict[str, Any]
+    tokenizer: Tokenizer
+    text: TextSpec
+    image: ImageSpec
+    decode: DecodeSettings
+    verified: bool = True
+    fingerprint: str = ""
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def check_settings(self, settings: DecodeSettings) -> None:
+        """Raises ValueError if captions of this length, behind this prompt, are longer than the model's texts."""
+        num_positions = self.model_config.get("text_config", {}).get("max_position_embeddings")
+        num_prompt = len(prompt_ids(self.tokenizer, self.text))
+        # The last token that is generated is never read.
+        if num_positions is not None and num_prompt + settings.max_new_tokens - 1 > num_positions:
+            raise ValueError(
+                f"max_new_tokens={settings.max_new_tokens} behind the prompt {self.text.prompt!r} ({num_prompt} tokens with the first) is "
+                f"more than the {num_positions} text tokens the model reads; give at most {num_positions + 1 - num_prompt}"
+            )
+
+
+def check_spec(spec: CheckpointSpec, source: str) -> None:
+    """Raises CheckpointError if the model cannot be built, or its tokenizer and image size are not those of its config."""
+    if spec.kind not in KINDS:
+        raise CheckpointError(
+            f"{source!r} holds a model of kind {spec.kind!r}; this raycap knows {', '.join(KINDS)}: install the one that wrote it"
+        )
+    for name, value in _sizes(spec.model_config, ""):
+        largest = LARGEST[name.rpartition(".")[2]]
+        if not isinstance(value, int) or not 1 <= value <= largest:
+            raise CheckpointError(
+                f"config.json of {source!r} asks for {name} = {value!r}, which is no number from 1 to {largest}; copy it again"
+            )
+    text, vision = spec.model_config["text_config"], spec.model_config["vision_config"]
+    for name, part in (("text_config", text), ("vision_config", vision)):
+        if part["hidden_size"] % part["num_attention_heads"]:
+            raise CheckpointError(
+                f"config.json of {source!r} divides {name}.hidden_size = {part['hidden_size']} by num_attention_heads = "
+                f"{part['num_attention_heads']}, which leaves a rest; copy it again"
+            )
+    roles = {"first": spec.text.bos_id, "end": spec.text.eos_id, "padding": spec.text.pad_id}
+    for name, token_id in roles.items():
+        if not isinstance(token_id, int) or not 0 <= token_id < text["vocab_size"]:
+            raise CheckpointError(
+                f"the {name} token of {source!r} has id {token_id!r}, outside text_config.vocab_size = {text['vocab_size']}; "
+                f"check its config.json"
+            )
+    if spec.tokenizer.get_vocab_size() > text["vocab_size"]:
+        raise CheckpointError(
+            f"tokenizer.json of {source!r} has {spec.tokenizer.get_vocab_size()} tokens, its config.json a vocab_size of "
+            f"{text['vocab_size']}; check that both files are of the same model"
+        )
+    if spec.image.size != vision["image_size"] or spec.image.size % vision["patch_size"]:
+        raise CheckpointError(
+            f"{source!r} prepares images of {spec.image.size} pixels for a vision tower of {vision['image_size']} pixels in patches of "
+            f"{vision['patch_size']}; check preprocessor_config.json and config.json"
+        )
+
+
+def _sizes(config: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every size in a config and its parts."""
+    for key, value in config.items():
+        if key in LARGEST:
+            yield above + key, value
+        elif isinstance(value, dict):
+            yield from _sizes(value, f"{above}{key}.")
