@@ -2,7 +2,9 @@
 """The whole life of a captioner on this machine, under one Ray: data, training, scores, a bucket, an HTTP question, a report."""
 
 import json
+import os
 import socket
+import sys
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
@@ -72,14 +74,15 @@ def _ask(checkpoint: str, image: Path) -> None:
 def _next(out: str) -> str:
     results = json.loads(Path(out, "captions.json").read_text())[:4]
     samples = "\n".join(f"  {result['image_id']:012d}.jpg  {result['caption']}" for result in results)
+    python = min(sys.executable, os.path.relpath(sys.executable), key=len)
     return f"""
 {samples}
 
 the demo is in {out}: checkpoint/, captions/, metrics.json, and report.html to open in a browser; next, for example:
 
-  python jobs/serve.py --checkpoint {out}/checkpoint
-  python jobs/caption_bucket.py --checkpoint {out}/checkpoint --images /path/to/images --out /path/to/captions
-  python jobs/evaluate.py --checkpoint {out}/checkpoint --shards {out}/shards/val --out {out}/val
+  {python} jobs/serve.py --checkpoint {out}/checkpoint
+  {python} jobs/caption_bucket.py --checkpoint {out}/checkpoint --images /path/to/images --out /path/to/captions
+  {python} jobs/evaluate.py --checkpoint {out}/checkpoint --shards {out}/shards/val --out {out}/val
 """
 
 

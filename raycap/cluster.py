@@ -88,6 +88,14 @@ def resolve_root(value: str, flag: str) -> str:
     return str(path.absolute())
 
 
+_ends_with_process = False
+
+
+def ends_with_process() -> bool:
+    """Whether the connected cluster was started by `connect`, so that it ends with this process, and all that runs on it."""
+    return _ends_with_process
+
+
 def connect(*, num_cpus: int, num_gpus: int = 0, need: str) -> None:
     """Connects to Ray once per process: to $RAY_ADDRESS, else a cluster running on this machine, else a new local one.
 
@@ -100,6 +108,8 @@ def connect(*, num_cpus: int, num_gpus: int = 0, need: str) -> None:
         if address == "local":
             # The dashboard answers the state queries of Ray Train's own clean-up, which complains every second without it.
             _init(address="local", num_cpus=max(os.cpu_count() or 1, num_cpus), include_dashboard=True)
+            global _ends_with_process
+            _ends_with_process = True
         else:
             if address != "auto":
                 _probe(address)

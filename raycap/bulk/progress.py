@@ -20,8 +20,8 @@ class Progress:
         self.errors: Counter[str] = Counter()
         self.seconds = dict.fromkeys(STAGES, 0.0)
         self._first_rows = rows
-        self._begun = self._first_done = time.monotonic()
-        self._first_unit = 0
+        self._begun = time.monotonic()
+        self._work_begun: float | None = None
 
     def add(self, *, num_images: int, made: bool, errors: dict[str, int], seconds: dict[str, float]) -> None:
         """One unit more. made: false if another run had committed it."""
@@ -30,19 +30,18 @@ class Progress:
         self.errors.update(errors)
         for stage, value in seconds.items():
             self.seconds[stage] += value
-        if not self._first_unit:
-            self._first_done, self._first_unit = time.monotonic(), num_images
+        if self._work_begun is None:
+            self._work_begun = time.monotonic() - sum(seconds.values())
 
     @property
     def elapsed_s(self) -> float:
         return time.monotonic() - self._begun
 
     def images_per_s(self) -> float:
-        """Without the start of processes, once a second unit is done."""
-        done = self.rows - self._first_rows
-        if done > self._first_unit:
-            return (done - self._first_unit) / max(time.monotonic() - self._first_done, 1e-3)
-        return done / max(self.elapsed_s, 1e-3)
+        """Since work on the first unit began: without the start of processes."""
+        if self._work_begun is None:
+            return 0.0
+        return (self.rows - self._first_rows) / max(time.monotonic() - self._work_begun, 1e-3)
 
     def line(self) -> str:
         """One line of key=value. read_s and the others: process seconds spent so far, summed over processes."""

@@ -7,7 +7,6 @@ two runs, is committed once by its name.
 import functools
 import json
 import logging
-import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,6 @@ import ray
 import ray.data
 import ray.exceptions
 from ray.data import DataContext, ExecutionResources
-from ray.util.annotations import RayDeprecationWarning
 
 from raycap import storage
 from raycap.bulk.plan import Job, rows_of
@@ -76,9 +74,7 @@ def _run(
     cpus_for_data: int,
     num_gpus: float,
 ) -> None:
-    with DataContext.current(_context(job, concurrency, cpus_for_data)), warnings.catch_warnings():
-        # Ray 2.64 wants to drop such arguments and names no other way to bound retries.
-        warnings.simplefilter("ignore", RayDeprecationWarning)
+    with DataContext.current(_context(job, concurrency, cpus_for_data)):
         rows = (
             ray.data.from_items([{"unit": unit} for unit in pending], override_num_blocks=len(pending))
             .map_batches(

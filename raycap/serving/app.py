@@ -42,13 +42,15 @@ Pixels = npt.NDArray[np.uint8]
 SPARE_SLOTS = 32  # of Serve, beyond max_queue: for /healthz, /readyz and for saying 429
 DRAIN_S = 5.0  # added to the request time-out: how long a replica that is told to stop may take
 READY_TIMEOUT_S = 5.0
+LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
 def build(args: dict[str, Any]) -> Application:
     """The application for a Serve config file, `import_path: raycap.serving.app:build`; args are ServeConfig's fields.
 
-    host and port are not read here: Serve's http_options are set apart, and this cannot see them. Set RAYCAP_TOKEN in the
-    environment of the replicas wherever Serve listens on more than loopback. Raises UserError for unknown or wrong args.
+    Serve's http_options are set apart and cannot be seen from here, so args have to repeat the host (the file in cluster/
+    does, by a YAML anchor). Raises UserError for a host other than loopback without RAYCAP_TOKEN in the environment of the
+    nodes, and for unknown or wrong args.
     """
     known = [field.name for field in fields(ServeConfig)]
     for name in args:
@@ -64,7 +66,19 @@ def build(args: dict[str, Any]) -> Application:
         raise UserError(
             f"args of raycap.serving.app:build do not fit: {where}{first['msg']}; jobs/serve.py --help tells what they mean"
         ) from error
+    check_token(config.host, os.environ.get("RAYCAP_TOKEN", ""))
     return assemble(config)
+
+
+def check_token(host: str, token: str) -> None:
+    """Raises UserError if the host can be reached from other machines and there is no bearer token, or a malformed one."""
+    if host not in LOOPBACK and not token:
+        raise UserError(
+            f"host {host!r} is not loopback, so requests need a token; set RAYCAP_TOKEN in the environment, for example to the "
+            f"output of `openssl rand -hex 32`, or leave the host out"
+        )
+    if token != token.strip() or any(not 33 <= ord(c) < 127 for c in token):
+        raise UserError("RAYCAP_TOKEN holds blanks or characters other than printable ASCII; set another one")
 
 
 def checkpoint_of(config: ServeConfig) -> str:

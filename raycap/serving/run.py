@@ -16,11 +16,10 @@ from raycap import cluster
 from raycap.checkpoint import open_checkpoint
 from raycap.config import ServeConfig
 from raycap.errors import RaycapError, UserError
-from raycap.serving.app import assemble, checkpoint_of, limits_of, num_cpus, uses_gpus
+from raycap.serving.app import LOOPBACK, assemble, check_token, checkpoint_of, limits_of, num_cpus, uses_gpus
 from raycap.serving.door import front_environment, token_digest
 
 APP = "raycap"
-LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 READY_WITHIN_S = 60.0
 WATCH_S = 5.0
 SERVE_GRACE_S = 5.0  # Serve's own time-out comes after ours, which answers in our words
@@ -54,7 +53,7 @@ def start(config: ServeConfig) -> str:
     Raises UserError if the token, checkpoint, cluster or port do not allow it; nothing of ours then stays running.
     """
     token = os.environ.get("RAYCAP_TOKEN", "")
-    _check_token(config, token)
+    check_token(config.host, token)
     open_checkpoint(checkpoint_of(config), prompt=config.prompt)
     cluster.connect(
         num_cpus=num_cpus(config),
@@ -91,11 +90,14 @@ def start(config: ServeConfig) -> str:
 
 
 def stop() -> None:
-    """Ends our application, after its requests. Serve itself ends too if we started it and nothing else runs on it."""
+    """Ends our application, after its requests. Serve itself ends too if we started it and nothing else runs on it.
+
+    On a cluster that ends with this process Serve is left to that: its own end takes seconds and prints an error.
+    """
     ours = _started_serve.pop() if _started_serve else False
     if APP in ray_serve.status().applications:
         ray_serve.delete(APP)
-    if ours and not ray_serve.status().applications:
+    if ours and not cluster.ends_with_process() and not ray_serve.status().applications:
         ray_serve.shutdown()  # type: ignore[no-untyped-call]
 
 
@@ -106,16 +108,6 @@ def base_url(config: ServeConfig) -> str:
     """Where a client on this machine reaches the endpoint."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
     return f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
-
-
-def _check_token(config: ServeConfig, token: str) -> None:
-    if config.host not in LOOPBACK and not token:
-        raise UserError(
-            f"--host {config.host} is not loopback, so requests need a token; set RAYCAP_TOKEN in the environment, for example to the "
-            f"output of `openssl rand -hex 32`, or leave out --host"
-        )
-    if token != token.strip() or any(not 33 <= ord(c) < 127 for c in token):
-        raise UserError("RAYCAP_TOKEN holds blanks or characters other than printable ASCII; set another one")
 
 
 def _check_port(host: str, port: int) -> None:

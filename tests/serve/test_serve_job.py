@@ -80,7 +80,7 @@ def test_any_address_but_loopback_needs_a_token_before_anything_starts(checkpoin
     begun = time.monotonic()
     result = run("--checkpoint", checkpoint, "--host", "0.0.0.0", RAYCAP_TOKEN="", RAY_ADDRESS="127.0.0.1:9")
     assert result.returncode == 2, result.stderr
-    assert "--host 0.0.0.0 is not loopback" in result.stderr
+    assert "host '0.0.0.0' is not loopback" in result.stderr
     assert "RAYCAP_TOKEN" in result.stderr
     assert time.monotonic() - begun < 60
 
@@ -199,6 +199,7 @@ def test_the_builder_of_a_config_file_serves_with_the_replicas_limits_alone(clea
         ({"checkpoint": "/x", "max_queue": 0}, "--max-queue must be at least 1, got 0"),
         ({"checkpoint": "/x", "max_queue": "many"}, "max_queue='many'"),
         ({"checkpoint": "/x", "device": "gpu"}, "device='gpu'"),
+        ({"checkpoint": "/x", "host": "0.0.0.0"}, "host '0.0.0.0' is not loopback, so requests need a token"),
     ],
 )
 def test_args_of_a_config_file_that_are_unknown_or_wrong_are_named(args: dict[str, object], says: str) -> None:
