@@ -25,7 +25,7 @@ T = TypeVar("T")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # pytest undoes the filter that raycap.image sets
 
 SPEC = ImageSpec(size=16)
-UNIT = Path(__file__).parent
+UNIT = Path(__file__).parents[1] / "unit"  # where nasty.py is
 
 
 def outcome(result: Prepared | ImageError) -> object:
