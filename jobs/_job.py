@@ -95,7 +95,8 @@ def _try_write_status(out: str | None, name: str, state: str, code: int, message
     try:
         _write_status(out, name, state, code, message)
     except RaycapError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if str(error) != message:
+            print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def _write_status(out: str | None, name: str, state: str, code: int | None, error: str | None) -> None:

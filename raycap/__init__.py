@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from raycap.captioner import Captioner
+    from raycap.schema import DecodeSettings
 
-__all__ = ["Captioner"]
+__all__ = ["Captioner", "DecodeSettings"]
 __version__ = "0.1.0"
 
 
@@ -15,4 +16,8 @@ def __getattr__(name: str) -> Any:
         from raycap.captioner import Captioner
 
         return Captioner
+    if name == "DecodeSettings":
+        from raycap.schema import DecodeSettings
+
+        return DecodeSettings
     raise AttributeError(f"module 'raycap' has no attribute {name!r}")

@@ -5,6 +5,7 @@ Owns no batching policy and no processes: a caller decides how many images come 
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -53,12 +54,14 @@ class Captioner:
     ) -> "Captioner":
         """The captioner of a checkpoint folder (local or s3://), or of published weights: see open_checkpoint.
 
-        prompt: if not empty, in place of the checkpoint's. Raises CheckpointError, StorageError, and UserError for a
+        prompt: if not empty, in place of the checkpoint's. Warns of published weights, which nothing vouches for. Raises CheckpointError, StorageError, and UserError for a
         device that this machine does not have.
         """
         source = os.fspath(source)
         _check_device(device)
         spec, weights = open_checkpoint(source, prompt=prompt)
+        if not spec.verified:
+            warnings.warn(f"{source!r} is unverified: no raycap.json vouches for its files", stacklevel=2)
         model = load_model(spec, weights, source).to(device).eval()
         return cls(model, spec, device, dtype, source=source)
 
@@ -73,19 +76,35 @@ class Captioner:
         return self.spec.fingerprint
 
     def caption(
-        self, images: Sequence[EncodedImage | npt.NDArray[np.uint8]], settings: DecodeSettings | None = None
+        self,
+        images: Sequence[EncodedImage | npt.NDArray[np.uint8]],
+        settings: DecodeSettings | None = None,
+        *,
+        micro_batch_size: int = 32,
     ) -> list[CaptionResult]:
         """One result per image, in order. images: encoded bytes or uint8 RGB (H, W, 3). Never raises for a bad image.
 
-        Raises before any work: TypeError for what is neither bytes nor an array, ValueError for settings that do not fit.
+        Images are decoded in this process, micro_batch_size at a time, and captioned in one forward pass. Raises before any
+        work: TypeError for what is neither bytes nor an array, ValueError for settings that do not fit.
         """
         self.spec.check_settings(settings or self.spec.decode)
+        given: object = images
+        if not isinstance(given, Sequence) or isinstance(given, EncodedImage | str):
+            raise TypeError(f"images is {type(given).__name__}; give a list of images, also for a single one")
         for i, image in enumerate(images):
             if not isinstance(image, EncodedImage | np.ndarray):
                 raise TypeError(
                     f"image {i} of {len(images)} is {type(image).__name__}, which no caption is made of; give the encoded bytes of an "
                     f"image, or a uint8 RGB array (height, width, 3)"
                 )
+        results = []
+        for first in range(0, len(images), micro_batch_size):
+            results += self._caption_together(images[first : first + micro_batch_size], settings)
+        return results
+
+    def _caption_together(
+        self, images: Sequence[EncodedImage | npt.NDArray[np.uint8]], settings: DecodeSettings | None
+    ) -> list[CaptionResult]:
         results: list[CaptionResult | None] = [None] * len(images)
         prepared = []
         for i, image in enumerate(images):
@@ -116,6 +135,12 @@ class Captioner:
         """
         settings = settings or self.spec.decode
         self.spec.check_settings(settings)
+        shape = (3, self.spec.image.size, self.spec.image.size)
+        if pixel_values.dtype != np.uint8 or pixel_values.shape[1:] != shape:
+            raise ValueError(
+                f"pixel_values are {pixel_values.dtype} {pixel_values.shape}, not uint8 (images, {', '.join(map(str, shape))}); prepare "
+                f"images with raycap.image.prepare_image"
+            )
         if not len(pixel_values) and all_finished is None:
             return []
         # A copy, because arrays of Ray's object store are read-only and torch cannot hold such.

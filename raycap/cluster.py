@@ -170,6 +170,15 @@ def _init(**options: Any) -> None:
         ) from error
 
 
+def is_alive() -> bool:
+    """Whether the control store of the connected cluster still answers."""
+    try:
+        _probe(ray.get_runtime_context().gcs_address)
+    except UserError:
+        return False
+    return True
+
+
 def _stop_in_order() -> None:
     """SIGTERM, which `ray job stop` sends, stops a job as Ctrl-C does. Ray's own handler prints a stack and aborts."""
     if threading.current_thread() is threading.main_thread():
@@ -186,9 +195,13 @@ def _preflight(num_cpus: int, num_gpus: int, need: str) -> None:
     have = _resources()
     for name, wanted in (("CPU", num_cpus), ("GPU", num_gpus)):
         if wanted > have.get(name, 0):
+            more = (
+                f"ask for less or start Ray with more logical CPUs, for example `ray start --head --num-cpus {max(8, num_cpus)}`"
+                if name == "CPU"
+                else "ask for less, or give --device cpu"
+            )
             raise UserError(
-                f"the job needs {wanted} {name}s at once ({need}) but the Ray cluster has {have.get(name, 0):g}; ask for less or "
-                f"start Ray with more logical CPUs, for example `ray start --head --num-cpus {max(8, num_cpus)}`"
+                f"the job needs {wanted} {name}s at once ({need}) but the Ray cluster has {have.get(name, 0):g}; {more}"
             )
 
 

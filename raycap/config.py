@@ -258,9 +258,9 @@ class EvaluateConfig:
 
     # Decoding. What is left empty or 0 is the checkpoint's own.
     prompt: str = ""
-    """Text in front of every caption."""
+    """Text in front of every caption; empty is the checkpoint's own."""
     num_beams: int = 0
-    """Beams of the search; 1 is greedy."""
+    """Beams of the search; 1 is greedy, 0 the checkpoint's own number."""
     max_new_tokens: int = 0
     """Longest caption in tokens, end token included."""
 
@@ -304,11 +304,11 @@ class CaptionBucketConfig:
 
     # Decoding. What is left empty or 0 is the checkpoint's own.
     prompt: str = ""
-    """Text in front of every caption."""
+    """Text in front of every caption; empty is the checkpoint's own."""
     num_beams: int = 0
-    """Beams of the search; 1 is greedy."""
+    """Beams of the search; 1 is greedy, 0 the checkpoint's own number."""
     max_new_tokens: int = 0
-    """Longest caption in tokens, end token included."""
+    """Longest caption in tokens, end token included; 0 is the checkpoint's own."""
     num_candidates: int = 0
     """Best beams to write as candidates with their scores; 0 writes none."""
 
@@ -359,11 +359,11 @@ class ServeConfig:
 
     # Decoding. What is left empty or 0 is the checkpoint's own.
     prompt: str = ""
-    """Text in front of every caption."""
+    """Text in front of every caption; empty is the checkpoint's own."""
     num_beams: int = 0
-    """Beams of the search; 1 is greedy."""
+    """Beams of the search; 1 is greedy, 0 the checkpoint's own number."""
     max_new_tokens: int = 0
-    """Longest caption in tokens, end token included."""
+    """Longest caption in tokens, end token included; 0 is the checkpoint's own."""
     num_candidates: int = 0
     """Best beams to answer as candidates with their scores; 0 answers none."""
 

@@ -123,7 +123,7 @@ def _inputs(config: CaptionBucketConfig) -> tuple[str, str]:
     ):
         if not given and not there:
             raise UserError(
-                f"no demo to caption: {place!r} is not there; run make demo, or give --checkpoint and --images"
+                f"no demo to caption: {place!r} is not there; run make demo and `export RAYCAP_RUNS=$PWD/runs`, or give --checkpoint and --images"
             )
     return checkpoint, images
 

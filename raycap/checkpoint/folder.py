@@ -51,9 +51,8 @@ def local_copy(root: str) -> Iterator[Path]:
     """The folder itself, or a temporary copy of an s3:// root. Raises CheckpointError, StorageError."""
     if not storage.is_url(root):
         if not Path(root).is_dir():
-            raise CheckpointError(
-                f"no checkpoint folder at {root!r}: it does not exist; check the path, or train first"
-            )
+            reason = "it is a file; give its folder" if Path(root).exists() else "it does not exist; check the path"
+            raise CheckpointError(f"no checkpoint folder at {root!r}: {reason}, or train first")
         yield Path(root)
         return
     if not storage.list_files(root):

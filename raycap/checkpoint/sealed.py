@@ -54,13 +54,14 @@ def load_checkpoint(root: str) -> tuple[CheckpointSpec, Weights]:
     """
     with local_copy(root) as folder:
         seal = read_json(folder / SEAL, root)
-        if seal.get("format_version") != FORMAT_VERSION:
+        found = seal.get("format_version")
+        if isinstance(found, int) and found != FORMAT_VERSION:
             raise CheckpointError(
-                f"checkpoint {root!r} has format {seal.get('format_version')!r}, this raycap reads {FORMAT_VERSION}; install the "
-                f"raycap that wrote it ({_writer(seal)})"
+                f"{SEAL} of checkpoint {root!r} has format {found}, this raycap reads {FORMAT_VERSION}; install the raycap that wrote "
+                f"it ({_writer(seal)})"
             )
         fingerprint = seal.pop("sha256", None)
-        if fingerprint != sha256_of_json(seal):
+        if found != FORMAT_VERSION or fingerprint != sha256_of_json(seal):
             raise CheckpointError(f"checkpoint {root!r} is damaged: {SEAL!r} is not as it was written; copy it again")
         try:
             _verify(folder, seal["files"], root)

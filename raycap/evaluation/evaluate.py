@@ -130,7 +130,7 @@ def _inputs(config: EvaluateConfig) -> tuple[str, str]:
     ):
         if not given and not storage.exists(file):
             raise UserError(
-                f"no demo to evaluate: {file!r} does not exist; run make demo, or give --checkpoint and --shards"
+                f"no demo to evaluate: {file!r} does not exist; run make demo and `export RAYCAP_RUNS=$PWD/runs`, or give --checkpoint and --shards"
             )
     return checkpoint, shards
 

@@ -141,14 +141,14 @@ def _list(content: Any) -> list[Any]:
 def _facts(config: Json, train: Json, scored: Json, bulk: Json) -> tuple[tuple[str, str], ...]:
     found: list[tuple[str, Any]] = [
         ("Checkpoint", scored.get("checkpoint")),
-        ("Step", scored.get("checkpoint_step") or train.get("best_step")),
+        ("Step", scored.get("checkpoint_step") if scored else train.get("best_step")),
         ("Evaluated on", scored.get("shards")),
         ("Images", scored.get("num_images")),
         ("Evaluated at", scored.get("evaluated_at")),
         ("Search", _search(_object(scored.get("decode")))),
         ("Trained on", config.get("train_shards")),
         (
-            "Trained for",
+            "Training in this folder",
             f"{train.get('num_steps')} steps in {train['wall_s']:.0f} s" if is_number(train.get("wall_s")) else "",
         ),
         ("Resumed from steps", ", ".join(str(step) for step in _list(train.get("resumed_from")))),

@@ -87,7 +87,9 @@ def checkpoint_of(config: ServeConfig) -> str:
         return config.checkpoint
     demo = storage.join(default_root("demo"), "checkpoint")
     if not storage.exists(storage.join(demo, "raycap.json")):
-        raise UserError(f"no demo to serve: {demo!r} holds no checkpoint; run make demo, or give --checkpoint")
+        raise UserError(
+            f"no demo to serve: {demo!r} holds no checkpoint; run make demo and `export RAYCAP_RUNS=$PWD/runs`, or give --checkpoint"
+        )
     return demo
 
 
@@ -197,7 +199,7 @@ def _served(captioner: Captioner, config: ServeConfig) -> Served:
             num_beams=config.num_beams, max_new_tokens=config.max_new_tokens, num_candidates=config.num_candidates
         ),
         prompt=spec.text.prompt,
-        max_new_tokens=positions - len(prompt_ids(spec.tokenizer, spec.text)),
+        max_new_tokens=positions + 1 - len(prompt_ids(spec.tokenizer, spec.text)),  # the last one is never read
     )
 
 

@@ -28,6 +28,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 EXCHANGE = "raycap.exchange"  # where the scope holds the Exchange
+OUR_PATHS = frozenset({"/v1/caption", "/v1/models", "/healthz", "/readyz", "/openapi.json"})
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})  # need no token and no room: an orchestrator asks them under load
 RETRY_AFTER_S = 1
 BODIES_ARRIVING = 8  # all unfinished and waiting bodies together hold at most so many times the largest one
@@ -382,6 +383,8 @@ def _is_serves_own(message: Message) -> bool:
 def _instead(message: Message, exchange: Exchange) -> Refusal:
     """Our words for an error of Serve's proxy."""
     status = message["status"]
+    if status == 404 and exchange.path in OUR_PATHS:  # Serve listens before the application is deployed
+        return Refusal(503, RequestErrorKind.UNAVAILABLE, "the endpoint is starting; try again later", _RETRY)
     if status == 404:
         return Refusal(
             404, RequestErrorKind.NOT_FOUND, f"no application is served at {exchange.path!r}; check the path"

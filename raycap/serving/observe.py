@@ -4,10 +4,9 @@ import json
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from raycap.serving.door import Exchange, log
+from raycap.serving.door import OUR_PATHS, Exchange, log
 
 _SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]
-_ROUTES = frozenset({"/v1/caption", "/v1/models", "/healthz", "/readyz", "/openapi.json"})
 
 
 class Metrics:
@@ -29,7 +28,7 @@ class Metrics:
 
     def request(self, exchange: Exchange) -> None:
         """Counts a request and logs it as one line of JSON, which escapes whatever a client wrote."""
-        path = exchange.path if exchange.path in _ROUTES else "other"  # clients must not make up label values
+        path = exchange.path if exchange.path in OUR_PATHS else "other"  # clients must not make up label values
         tags = {"path": path, "status": str(exchange.status), "error_kind": exchange.error_kind}
         self._requests.inc(tags=tags)
         self._request_s.observe(exchange.seconds, tags={"path": path})

@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -33,7 +34,8 @@ def serve(config: ServeConfig) -> None:
     url = start(config)
     try:
         token = ' -H "Authorization: Bearer $RAYCAP_TOKEN"' if os.environ.get("RAYCAP_TOKEN") else ""
-        print(f"serving {url}")
+        listening = "" if config.host in LOOPBACK else f", listening on {config.host}:{config.port}"
+        print(f"serving {url}{listening}")
         print(f"try     curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg'{token} {url}/v1/caption")
         for metrics in _metrics_urls():
             print(f"metrics {metrics}")
@@ -43,8 +45,31 @@ def serve(config: ServeConfig) -> None:
         raise RaycapError(f"the application {APP!r} is gone from Ray Serve: somebody stopped it; start it again")
     except KeyboardInterrupt:  # SIGTERM too, see raycap/cluster.py
         print("stopping: requests at work may finish", flush=True)
-    finally:
-        stop()
+        _stop_or_leave()
+    except BaseException:
+        _stop_quietly()
+        raise
+
+
+def _stop_or_leave() -> None:
+    """stop(); but a signal to the whole process group ends a Ray of ours too, and then nothing is left to wait for."""
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            stop()
+        except BaseException as error:
+            failed.append(error)
+
+    stopping = threading.Thread(target=work, daemon=True)
+    stopping.start()
+    while stopping.is_alive():
+        stopping.join(0.5)
+        if cluster.ends_with_process() and not cluster.is_alive():
+            print("Ray was stopped by the same signal", flush=True)
+            os._exit(0)  # Ray's client would look for it for a minute, and then abort
+    if failed:
+        raise failed[0]
 
 
 def start(config: ServeConfig) -> str:
@@ -54,7 +79,10 @@ def start(config: ServeConfig) -> str:
     """
     token = os.environ.get("RAYCAP_TOKEN", "")
     check_token(config.host, token)
-    open_checkpoint(checkpoint_of(config), prompt=config.prompt)
+    source = checkpoint_of(config)
+    spec, _ = open_checkpoint(source, prompt=config.prompt)
+    if not spec.verified:
+        print(f"{source} is unverified: no raycap.json vouches for it", flush=True)
     cluster.connect(
         num_cpus=num_cpus(config),
         need=f"--num-replicas {config.num_replicas} captioners + --decode-workers {config.decode_workers}",

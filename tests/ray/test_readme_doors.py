@@ -83,7 +83,7 @@ def test_the_bulk_command_writes_one_row_per_file(ray_cluster: str, paths: dict[
 def test_the_endpoint_answers_the_curl_line_with_what_the_snippet_printed(
     ray_cluster: str, paths: dict[str, str]
 ) -> None:
-    serve, curl = with_paths(blocks("bash")[1], paths).strip().splitlines()
+    serve, curl = (with_paths(block, paths).strip() for block in blocks("bash")[1:3])
     url = shlex.split(curl)[-1]
     port = url.rpartition(":")[2].partition("/")[0]
     server = subprocess.Popen(

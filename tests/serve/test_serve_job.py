@@ -50,6 +50,7 @@ def job(*flags: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str]
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
     lines: list[str] = []
     try:
@@ -165,13 +166,17 @@ def nowhere(token: str, lines: list[str]) -> bool:
     return token not in str(serve.status())
 
 
-def test_ctrl_c_ends_the_job_with_0_and_ray_with_it(checkpoint: str) -> None:
+@pytest.mark.parametrize("to_all", [False, True], ids=["Ctrl-C", "SIGTERM to the whole group"])
+def test_a_signal_ends_the_job_with_0_and_ray_with_it(checkpoint: str, to_all: bool) -> None:
     port = free_port()
     with job("--checkpoint", checkpoint, "--port", str(port), RAY_ADDRESS="local") as (process, _):
         assert ask(port, body=IMAGE).status == 200
         children = psutil.Process(process.pid).children(recursive=True)
         assert len(children) > 3
-        process.send_signal(signal.SIGINT)
+        if to_all:  # as timeout and service managers do: Ray gets it too
+            os.killpg(process.pid, signal.SIGTERM)
+        else:
+            process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive

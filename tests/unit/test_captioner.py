@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -225,8 +226,33 @@ def test_a_loaded_captioner_is_the_saved_one(captioner: Captioner, tmp_path: Pat
 
 def test_published_weights_are_captioned_with_and_named_unverified(tmp_path: Path) -> None:
     write_published(tmp_path / "published")
-    captioner = Captioner.load(tmp_path / "published", prompt="two dogs", dtype="bf16")
+    with pytest.warns(UserWarning, match="published' is unverified: no raycap.json vouches for its files"):
+        captioner = Captioner.load(tmp_path / "published", prompt="two dogs", dtype="bf16")
     assert (captioner.verified, captioner.spec.text.prompt, captioner.dtype) == (False, "two dogs", "bf16")
     results = captioner.caption(png_images(3))
     assert [result.error_kind for result in results] == [None] * 3
     assert len({result.score for result in results}) == 3
+
+
+def test_images_are_captioned_a_few_at_a_time_and_in_order(captioner: Captioner) -> None:
+    images = png_images(7)
+    images[4] = b"no image"
+    together = captioner.caption(images)
+    apart = captioner.caption(images, micro_batch_size=2)
+    assert [(r.caption, r.error_kind) for r in apart] == [(r.caption, r.error_kind) for r in together]
+
+
+@pytest.mark.parametrize("images", [png_images(1)[0], "photo.jpg", None, np.zeros((40, 40, 3), np.uint8)])
+def test_what_is_no_list_of_images_is_refused(captioner: Captioner, images: object) -> None:
+    with pytest.raises(
+        TypeError, match=rf"images is {type(images).__name__}; give a list of images, also for a single"
+    ):
+        captioner.caption(images)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pixels", [np.zeros((1, 3, 32, 32), np.float32), np.zeros((1, 32, 32, 3), np.uint8)])
+def test_prepared_pixels_of_another_type_or_shape_are_refused(
+    captioner: Captioner, pixels: np.ndarray[Any, Any]
+) -> None:
+    with pytest.raises(ValueError, match=r"not uint8 \(images, 3, 32, 32\); prepare images with"):
+        captioner.caption_prepared(pixels)

@@ -107,7 +107,7 @@ def test_one_flipped_byte_in_the_seal_is_refused_too(saved: Path) -> None:
     whole = (saved / SEAL).read_bytes()
     for place in range(0, len(whole), 7):
         (saved / SEAL).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(CheckpointError, match=rf"{SEAL}|has format"):
+        with pytest.raises(CheckpointError, match=SEAL):
             load_checkpoint(str(saved))
     (saved / SEAL).write_bytes(whole.replace(b'"max_new_tokens": 12', b'"max_new_tokens": 13'))
     with pytest.raises(CheckpointError, match=f"is damaged: '{SEAL}' is not as it was written"):

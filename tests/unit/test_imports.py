@@ -33,9 +33,11 @@ def test_the_lowest_floor_loads_nothing_heavy(module: str) -> None:
 def test_the_captioner_is_found_at_the_top_of_the_package() -> None:
     import raycap
     from raycap.captioner import Captioner
+    from raycap.schema import DecodeSettings
 
     assert raycap.Captioner is Captioner
-    assert raycap.__all__ == ["Captioner"]
+    assert raycap.__all__ == ["Captioner", "DecodeSettings"]
+    assert raycap.DecodeSettings is DecodeSettings
     with pytest.raises(AttributeError, match="module 'raycap' has no attribute 'captoner'"):
         _ = raycap.captoner
 

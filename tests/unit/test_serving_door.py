@@ -208,18 +208,19 @@ PLAIN = [[b"content-type", b"text/plain; charset=utf-8"], (b"x-request-id", b"of
 
 
 @pytest.mark.parametrize(
-    ("status", "becomes", "kind"),
+    ("status", "path", "becomes", "kind"),
     [
-        (404, 404, "not_found"),
-        (408, 504, "timeout"),
-        (429, 429, "overloaded"),
-        (503, 503, "unavailable"),
-        (500, 500, "internal"),
+        (404, "/v2/caption", 404, "not_found"),
+        (404, "/v1/caption", 503, "unavailable"),  # Serve listens before the application is deployed
+        (408, "/v1/caption", 504, "timeout"),
+        (429, "/v1/caption", 429, "overloaded"),
+        (503, "/v1/caption", 503, "unavailable"),
+        (500, "/v1/caption", 500, "internal"),
     ],
 )
-def test_plain_text_errors_of_serves_proxy_become_json(status: int, becomes: int, kind: str) -> None:
+def test_plain_text_errors_of_serves_proxy_become_json(status: int, path: str, becomes: int, kind: str) -> None:
     seen: list[Exchange] = []
-    answer = ask(Door(serve_says(status, PLAIN), LIMITS, front=True, report=seen.append))
+    answer = ask(Door(serve_says(status, PLAIN), LIMITS, front=True, report=seen.append), path=path)
     assert (answer.status, answer.error_kind) == (becomes, kind)
     assert [(e.status, e.error_kind) for e in seen] == [(becomes, kind)]
     assert ("retry-after" in answer.headers) == (becomes in (429, 503))
