@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # DeepSpeed's source distribution would otherwise try to compile its operators while it is installed.
 export DS_BUILD_OPS := 0
 
-.PHONY: demo check test bench docs clean help
+.PHONY: demo check test bench docs lock clean help
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
-demo: $(STAMP) ## data set, shards, training and evaluation on this machine, below runs/demo
+demo: $(STAMP) ## the whole life of a captioner on this machine, below runs/demo
 	RAYCAP_RUNS=$(CURDIR)/runs $(BIN)/python jobs/demo.py
 
 check: $(STAMP) ## ruff, mypy --strict, import-linter, unit tests
@@ -33,8 +33,11 @@ test: $(STAMP) ## everything that needs no GPU
 bench: $(STAMP) ## measurements; NAME=x runs one. Figures go to tests/bench/LOG.md by hand
 	$(BIN)/python -m tests.bench $(NAME)
 
-docs: $(STAMP) ## write the generated help in jobs/README.md
+docs: $(STAMP) ## write the generated help in jobs/README.md and the tree in README.md
 	$(BIN)/python tests/unit/test_docs.py
+
+lock: $(STAMP) ## write cluster/requirements.lock from what is installed
+	$(BIN)/python cluster/lock.py > cluster/requirements.lock.new && mv cluster/requirements.lock.new cluster/requirements.lock
 
 clean: ## remove .venv and what the demo wrote
 	rm -rf $(VENV) runs

@@ -177,6 +177,7 @@ def test_weights_that_do_not_fit_are_refused_by_the_first_name(published: Path) 
         load_model(spec, {key: tensor for key, tensor in weights.items() if key != tied}, "x")
 
 
+@pytest.mark.filterwarnings("ignore:.* is unverified")
 def test_every_door_opens_a_published_folder_without_its_pickle(published: Path, tmp_path: Path) -> None:
     global opened
     opened = []
@@ -193,6 +194,7 @@ def test_every_door_opens_a_published_folder_without_its_pickle(published: Path,
     assert [c.removeprefix("##") for c in captions] == captions_by_transformers(published, png_images(8), "", 20)
 
 
+@pytest.mark.filterwarnings("ignore:.* is unverified")
 def test_a_prompt_takes_the_place_of_the_checkpoints_own(saved: Path, published: Path) -> None:
     assert open_checkpoint(str(saved))[0].text.prompt == "a picture of "
     before = open_checkpoint(str(saved))[0]
