@@ -140,7 +140,7 @@ def _free_port() -> int:
 @pytest.fixture
 def config(demo: Demo, tmp_path: Path) -> TrainConfig:
     """The small run, not started."""
-    from runs import small_run
+    from training_runs import small_run
 
     return small_run(demo, str(tmp_path / "run"))
 
@@ -148,7 +148,7 @@ def config(demo: Demo, tmp_path: Path) -> TrainConfig:
 @pytest.fixture(scope="session")
 def undisturbed(demo: Demo, ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     """The small run, run to its end."""
-    from runs import small_run
+    from training_runs import small_run
 
     from raycap.training.driver import train_blip
 

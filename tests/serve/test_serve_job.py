@@ -140,7 +140,7 @@ def test_a_job_with_a_token_serves_beside_another_application_and_stops_alone_on
     assert set(serve.status().applications) == {"other"}
     assert ask(port, "GET", "/other").body == b"other"
     gone = ask(port, body=IMAGE, Authorization=f"Bearer {TOKEN}")
-    assert (gone.status, gone.error_kind) == (404, "not_found")
+    assert (gone.status, gone.error_kind) == (503, "unavailable")
 
 
 def logs() -> Path:

@@ -312,7 +312,7 @@ def test_an_odd_image_warns_nobody_in_any_thread() -> None:
         "import sys, threading; sys.path.insert(0, sys.argv[1]); from nasty import *; import raycap.image as i\n"
         "data = encode(photo(), 'JPEG', exif=b'Exif\\0\\0MM\\0*\\0\\0\\0\\x08\\0\\x05\\xff')\n"
         "large = encode(Image.new('1', (6000, 5000)))\n"
-        "work = lambda: print(i.decode_image(data).shape, i.decode_image(large).shape)\n"
+        "work = lambda: sys.stdout.write(f'{i.decode_image(data).shape} {i.decode_image(large).shape}\\n')\n"
         "threads = [threading.Thread(target=work) for _ in range(3)]\n"
         "[t.start() for t in threads]; [t.join() for t in threads]; work()"
     )
