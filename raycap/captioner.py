@@ -18,7 +18,7 @@ from raycap.decoding import search
 from raycap.decoding.greedy import Decoded
 from raycap.decoding.protocol import CaptionModel
 from raycap.errors import CheckpointError, ImageError, UserError
-from raycap.image import decode_image, normalize, prepare_image
+from raycap.image import normalize, prepare_bytes, prepare_image
 from raycap.schema import CaptionResult, DecodeSettings
 from raycap.text import decode, prompt_ids
 
@@ -109,8 +109,11 @@ class Captioner:
         prepared = []
         for i, image in enumerate(images):
             try:
-                pixels = image if isinstance(image, np.ndarray) else decode_image(bytes(image))
-                prepared.append((i, prepare_image(pixels, self.spec.image)))
+                if isinstance(image, np.ndarray):
+                    pixels = prepare_image(image, self.spec.image)
+                else:
+                    pixels = prepare_bytes(bytes(image), self.spec.image).pixels
+                prepared.append((i, pixels))
             except ImageError as error:
                 results[i] = CaptionResult(caption=None, error_kind=error.kind.value, error=str(error))
         if prepared:

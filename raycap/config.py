@@ -13,6 +13,13 @@ Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "fp32", "bf16"]
 
 
+def compute_dtype(dtype: Dtype, on_gpu: bool) -> Literal["fp32", "bf16"]:
+    """What matrix products run in; auto is bf16 on a GPU and fp32 on a CPU. Weights are fp32 either way."""
+    if dtype != "auto":
+        return dtype
+    return "bf16" if on_gpu else "fp32"
+
+
 def default_root(name: str) -> str:
     """`$RAYCAP_RUNS/<name>`, or `~/raycap-runs/<name>`."""
     return str(Path(os.environ.get("RAYCAP_RUNS") or Path.home() / "raycap-runs") / name)
@@ -21,6 +28,22 @@ def default_root(name: str) -> str:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _require_at_least(lowest: Literal[0, 1], config: object, *names: str) -> None:
+    """Raises ValueError naming the first of these fields that is below `lowest`."""
+    said = "must be at least 1" if lowest else "must not be negative"
+    for name in names:
+        value = getattr(config, name)
+        _require(value >= lowest, f"--{name.replace('_', '-')} {said}, got {value}")
+
+
+def _require_gpus(num_gpus: float) -> None:
+    _require(num_gpus > 0, f"--num-gpus must be positive, got {num_gpus}; --device cpu uses none")
+    _require(
+        num_gpus < 1 or num_gpus == int(num_gpus),
+        f"--num-gpus must be whole or below 1, got {num_gpus}; Ray shares a GPU or gives whole ones",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +184,9 @@ class TrainConfig:
     """Steps between progress lines."""
 
     def __post_init__(self) -> None:
-        for name in [
+        _require_at_least(
+            1,
+            self,
             "image_size",
             "max_tokens",
             "epochs",
@@ -177,14 +202,8 @@ class TrainConfig:
             "checkpoint_every",
             "keep_last",
             "log_every",
-        ]:
-            _require(
-                getattr(self, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}"
-            )
-        for name in ("warmup_steps", "weight_decay", "clip_norm", "max_failures"):
-            _require(
-                getattr(self, name) >= 0, f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}"
-            )
+        )
+        _require_at_least(0, self, "warmup_steps", "weight_decay", "clip_norm", "max_failures")
         _require(self.lr > 0, f"--lr must be positive, got {self.lr}")
         _require(0 <= self.label_smoothing < 1, f"--label-smoothing must be in [0, 1), got {self.label_smoothing}")
         _require(
@@ -276,10 +295,7 @@ class EvaluateConfig:
         _require(
             min(self.micro_batch_size, self.concurrency) >= 1, "--micro-batch-size and --concurrency must be at least 1"
         )
-        for name in ("max_images", "num_beams", "max_new_tokens"):
-            _require(
-                getattr(self, name) >= 0, f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}"
-            )
+        _require_at_least(0, self, "max_images", "num_beams", "max_new_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,16 +345,9 @@ class CaptionBucketConfig:
     """Longest time for one image to be decoded; longer is an error row."""
 
     def __post_init__(self) -> None:
-        for name in ("unit_size", "micro_batch_size", "concurrency", "cpus_for_data"):
-            _require(
-                getattr(self, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}"
-            )
-        _require_decoding(self)
-        _require(self.num_gpus > 0, f"--num-gpus must be positive, got {self.num_gpus}; --device cpu uses none")
-        _require(
-            self.num_gpus < 1 or self.num_gpus == int(self.num_gpus),
-            f"--num-gpus must be whole or below 1, got {self.num_gpus}; Ray shares a GPU or gives whole ones",
-        )
+        _require_at_least(1, self, "unit_size", "micro_batch_size", "concurrency", "cpus_for_data")
+        _require_at_least(0, self, "num_beams", "max_new_tokens", "num_candidates")
+        _require_gpus(self.num_gpus)
         _require(self.decode_timeout_s > 0, f"--decode-timeout-s must be positive, got {self.decode_timeout_s}")
         _require(bool(self.suffixes.strip(" ,")), "--suffixes is empty; name some, or * for every file")
 
@@ -394,30 +403,16 @@ class ServeConfig:
     """GPUs of one captioner; a fraction lets several share one. Counts only on GPUs."""
 
     def __post_init__(self) -> None:
-        for name in ("max_body_bytes", "max_queue", "decode_workers", "micro_batch_size", "num_replicas"):
-            _require(
-                getattr(self, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}"
-            )
-        _require_decoding(self)
+        _require_at_least(1, self, "max_body_bytes", "max_queue", "decode_workers", "micro_batch_size", "num_replicas")
+        _require_at_least(0, self, "num_beams", "max_new_tokens", "num_candidates")
         _require(
             self.max_body_bytes <= 64 * 2**20,  # raycap.image.MAX_BYTES: larger ones would be refused all the same
             f"--max-body-bytes must be at most {64 * 2**20}, got {self.max_body_bytes}",
         )
         _require(1 <= self.port <= 65535, f"--port must be in [1, 65535], got {self.port}")
-        _require(self.num_gpus > 0, f"--num-gpus must be positive, got {self.num_gpus}; --device cpu uses none")
-        _require(
-            self.num_gpus < 1 or self.num_gpus == int(self.num_gpus),
-            f"--num-gpus must be whole or below 1, got {self.num_gpus}; Ray shares a GPU or gives whole ones",
-        )
+        _require_gpus(self.num_gpus)
         _require(
             min(self.request_timeout_s, self.decode_timeout_s) > 0,
             f"--request-timeout-s and --decode-timeout-s must be positive, got {self.request_timeout_s} and {self.decode_timeout_s}",
         )
         _require(self.batch_wait_s >= 0, f"--batch-wait-s must not be negative, got {self.batch_wait_s}")
-
-
-def _require_decoding(config: CaptionBucketConfig | ServeConfig) -> None:
-    for name in ("num_beams", "max_new_tokens", "num_candidates"):
-        _require(
-            getattr(config, name) >= 0, f"--{name.replace('_', '-')} must not be negative, got {getattr(config, name)}"
-        )

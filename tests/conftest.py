@@ -1,11 +1,13 @@
 """Fixtures every suite shares: a small demo data set as shards, and the one local Ray of the whole run."""
 
+import importlib.util
 import os
 import stat
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from s3_server import run_s3_server
@@ -135,6 +137,17 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+@pytest.fixture(scope="session")
+def job_module() -> ModuleType:
+    """jobs/_job.py, whose parser reads every job's flags."""
+    spec = importlib.util.spec_from_file_location("_job", Path(__file__).parents[1] / "jobs" / "_job.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

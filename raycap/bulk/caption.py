@@ -10,7 +10,6 @@
 import functools
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Literal
 
 from raycap import cluster, storage, units
@@ -19,9 +18,9 @@ from raycap.bulk.progress import Progress, reporting, table
 from raycap.bulk.run import run_units
 from raycap.bulk.unit import CaptionsPixels
 from raycap.captioner import Captioner
-from raycap.checkpoint import CheckpointSpec, open_checkpoint
-from raycap.config import CaptionBucketConfig, default_root
-from raycap.data.demo import demo_bucket
+from raycap.checkpoint import SEAL, CheckpointSpec, open_checkpoint
+from raycap.config import CaptionBucketConfig, compute_dtype, default_root
+from raycap.data.demo import LAST_OF_BUCKET, demo_bucket, given_or_demo
 from raycap.errors import CheckpointError, StorageError, UserError
 from raycap.storage import Entry
 
@@ -115,17 +114,11 @@ def _make(
 
 def _inputs(config: CaptionBucketConfig) -> tuple[str, str]:
     """Checkpoint and images, the demo's where none are given. Raises UserError if the demo is not there."""
-    demo = default_root("demo")
-    checkpoint, images = config.checkpoint or storage.join(demo, "checkpoint"), config.images or demo_bucket(demo)
-    for given, place, there in (
-        (config.checkpoint, checkpoint, storage.exists(storage.join(demo, "checkpoint", "raycap.json"))),
-        (config.images, images, Path(demo_bucket(demo)).is_dir()),
-    ):
-        if not given and not there:
-            raise UserError(
-                f"no demo to caption: {place!r} is not there; run make demo and `export RAYCAP_RUNS=$PWD/runs`, or give --checkpoint and --images"
-            )
-    return checkpoint, images
+    demo, words = default_root("demo"), {"to": "caption", "flags": "--checkpoint and --images"}
+    return (
+        given_or_demo(config.checkpoint, storage.join(demo, "checkpoint"), SEAL, **words),
+        given_or_demo(config.images, demo_bucket(demo), LAST_OF_BUCKET, **words),
+    )
 
 
 def _check_begun(config: CaptionBucketConfig, images: str, spec: CheckpointSpec) -> bool:
@@ -164,8 +157,7 @@ def _connect(config: CaptionBucketConfig, images: str) -> tuple[str, Literal["fp
             f"({', '.join(blind[:3])}); give a folder on shared storage or an s3:// URL"
         )
     on_gpu = cluster.use_gpus(config.device, config.concurrency, "--concurrency", config.num_gpus)
-    dtype = config.dtype if config.dtype != "auto" else "bf16" if on_gpu else "fp32"
-    return "cuda" if on_gpu else "cpu", dtype
+    return "cuda" if on_gpu else "cpu", compute_dtype(config.dtype, on_gpu)
 
 
 def _describe(values: dict[str, Any]) -> str:

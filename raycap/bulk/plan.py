@@ -98,8 +98,8 @@ def make_job(config: CaptionBucketConfig, images: str, spec: CheckpointSpec, dty
 
 
 def decode_settings(config: CaptionBucketConfig, spec: CheckpointSpec) -> DecodeSettings:
-    """The checkpoint's own settings, with what the user asked for."""
-    return spec.decode.override(
+    """The checkpoint's own settings, with what the user asked for. Raises ValueError if the model cannot do it."""
+    return spec.settings(
         num_beams=config.num_beams, max_new_tokens=config.max_new_tokens, num_candidates=config.num_candidates
     )
 
@@ -124,7 +124,7 @@ def suffixes_of(config: CaptionBucketConfig) -> list[str]:
 
 def check_roots(images: str, out: str) -> None:
     """Raises UserError if the rows would lie among the images."""
-    if f"{_real(images)}/".startswith((f"{_real(out)}/{DATA}/",)) or _real(images) == _real(out):
+    if f"{_real(images)}/".startswith(f"{_real(out)}/{DATA}/") or _real(images) == _real(out):
         raise UserError(
             f"--out {out!r} would write its rows among the images of {images!r}; give --out a folder of its own, which may "
             f"lie below --images"

@@ -1,11 +1,12 @@
 """What a user sees of a bulk run: a line every few seconds, and a table at its end."""
 
-import contextlib
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
+
+from raycap.data.ticker import ticking
 
 REPORT_S = 5.0
 STAGES = ("read", "decode", "caption", "write")
@@ -54,23 +55,9 @@ class Progress:
         )
 
 
-@contextlib.contextmanager
-def reporting(progress: Progress, report: Callable[[str], None]) -> Iterator[None]:
-    """Reports a line every REPORT_S, from a thread: a slow unit must not look like a job that hangs; and one at the end."""
-    finished = threading.Event()
-
-    def tick() -> None:
-        while not finished.wait(REPORT_S):
-            report(progress.line())
-
-    ticker = threading.Thread(target=tick, daemon=True)
-    ticker.start()
-    try:
-        yield
-    finally:
-        finished.set()
-        ticker.join()
-        report(progress.line())
+def reporting(progress: Progress, report: Callable[[str], None]) -> AbstractContextManager[None]:
+    """Reports a line every REPORT_S, and one at the end."""
+    return ticking(progress.line, report, REPORT_S)
 
 
 def table(summary: dict[str, Any]) -> str:

@@ -38,8 +38,8 @@ def _open(source: str, text: Mapping[str, Any]) -> tuple[CheckpointSpec, Weights
     """text: fields of TextSpec that the caller has instead of the checkpoint's."""
     root = source
     if not storage.is_url(source):
-        folder = Path(source).expanduser()
-        root = str(folder.absolute()) if folder.is_dir() else _download_from_hub(source)
+        path = Path(source).expanduser()
+        root = str(path.absolute()) if path.exists() else _download_from_hub(source)
     if storage.exists(storage.join(root, SEAL)):
         spec, weights = load_checkpoint(root)
     else:

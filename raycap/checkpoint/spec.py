@@ -43,16 +43,35 @@ class CheckpointSpec:
     fingerprint: str = ""
     info: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of the prompt, the first token of every text included."""
+        return len(prompt_ids(self.tokenizer, self.text))
+
+    @property
+    def most_new_tokens(self) -> int | None:
+        """The longest caption behind the prompt, in tokens; None for a model without a bound."""
+        num_positions: int | None = self.model_config.get("text_config", {}).get("max_position_embeddings")
+        # The last token that is generated is never read.
+        return None if num_positions is None else num_positions + 1 - self.num_prompt_tokens
+
     def check_settings(self, settings: DecodeSettings) -> None:
         """Raises ValueError if captions of this length, behind this prompt, are longer than the model's texts."""
-        num_positions = self.model_config.get("text_config", {}).get("max_position_embeddings")
-        num_prompt = len(prompt_ids(self.tokenizer, self.text))
-        # The last token that is generated is never read.
-        if num_positions is not None and num_prompt + settings.max_new_tokens - 1 > num_positions:
+        most = self.most_new_tokens
+        if most is not None and settings.max_new_tokens > most:
+            num_prompt = self.num_prompt_tokens
             raise ValueError(
                 f"max_new_tokens={settings.max_new_tokens} behind the prompt {self.text.prompt!r} ({num_prompt} tokens with the first) is "
-                f"more than the {num_positions} text tokens the model reads; give at most {num_positions + 1 - num_prompt}"
+                f"more than the {most + num_prompt - 1} text tokens the model reads; give at most {most}"
             )
+
+    def settings(self, *, num_beams: int = 0, max_new_tokens: int = 0, num_candidates: int = 0) -> DecodeSettings:
+        """The checkpoint's own, with these values where they are not 0. Raises ValueError if they do not fit the model."""
+        settings = self.decode.override(
+            num_beams=num_beams, max_new_tokens=max_new_tokens, num_candidates=num_candidates
+        )
+        self.check_settings(settings)
+        return settings
 
 
 def check_spec(spec: CheckpointSpec, source: str) -> None:

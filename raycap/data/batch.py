@@ -15,7 +15,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from raycap.errors import ImageError
-from raycap.image import decode_image, prepare_image
+from raycap.image import prepare_bytes
 from raycap.order import Indices, deal, pick, rows_per_rank
 from raycap.schema import ImageSpec, Sample
 from raycap.shards import Manifest, read_run
@@ -156,7 +156,7 @@ def _load_share(order: Order, source: Source, step: int, rank: int, world: int) 
     num_prompt_tokens = len(prompt_ids(tokenizer, source.text))
     for row, sample in enumerate(samples):
         try:
-            pixels[row] = prepare_image(decode_image(sample.image), source.image)
+            pixels[row] = prepare_bytes(sample.image, source.image).pixels
         except ImageError as error:
             kinds[row] = error.kind.value
             continue

@@ -10,10 +10,12 @@ from raycap.config import DemoConfig
 from raycap.data.prepare import prepare_shards
 from raycap.datasets.coco import read_coco
 from raycap.datasets.demo import write_demo
+from raycap.errors import UserError
 from raycap.shards import MANIFEST
 from raycap.text import TextSpec, role_ids, save_tokenizer, train_wordpiece
 
 SPLITS = ("train", "val", "test")
+LAST_OF_BUCKET = "empty.png"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +81,17 @@ def make_bucket(out: str) -> str:
             shutil.copy(image, bucket)
     storage.put_new(str(bucket / "cut-off.jpg"), images[0].read_bytes()[:1500])
     storage.put_new(str(bucket / "an-error-page.jpg"), b"<!DOCTYPE html><title>404 Not Found</title>")
-    storage.put_new(str(bucket / "empty.png"), b"")
+    storage.put_new(str(bucket / LAST_OF_BUCKET), b"")
     return str(bucket)
+
+
+def given_or_demo(given: str, place: str, marker: str, *, to: str, flags: str) -> str:
+    """`given`, else the demo's `place`. marker: a file in it. Raises UserError, naming job and flags, if the demo is not there."""
+    if not given and not storage.exists(storage.join(place, marker)):
+        raise UserError(
+            f"no demo to {to}: {place!r} is not there; run make demo and `export RAYCAP_RUNS=$PWD/runs`, or give {flags}"
+        )
+    return given or place
 
 
 def _make_tokenizer(annotations: str, images: str, folder: str) -> None:

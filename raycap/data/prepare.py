@@ -13,7 +13,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from raycap import storage, units
+from raycap.data.ticker import ticking
 from raycap.datasets.coco import read_coco
 from raycap.errors import RaycapError, StorageError
 from raycap.schema import Sample, SampleRef, ShardIndex
@@ -194,7 +194,6 @@ def _progress(
     first_rows = sum(len(refs) for name, refs in shards.items() if name in have)
     counts: dict[str, Any] = {"shards": len(shards.keys() & have), "rows": first_rows}
     start = time.monotonic()
-    finished = threading.Event()
 
     def add(num_samples: int) -> None:
         counts["shards"] += 1
@@ -209,15 +208,5 @@ def _progress(
             f"eta_s={eta} elapsed_s={seconds:.0f}"
         )
 
-    def tick() -> None:
-        while not finished.wait(REPORT_S):
-            report(line())
-
-    ticker = threading.Thread(target=tick, daemon=True)  # a slow shard must not look like a job that hangs
-    ticker.start()
-    try:
+    with ticking(line, report, REPORT_S):
         yield add
-    finally:
-        finished.set()
-        ticker.join()
-        report(line())

@@ -15,17 +15,17 @@ import torch
 
 from raycap import cluster, storage
 from raycap.captioner import Captioner
-from raycap.checkpoint import CheckpointSpec, open_checkpoint
+from raycap.checkpoint import SEAL, CheckpointSpec, open_checkpoint
 from raycap.config import EvaluateConfig, default_root
 from raycap.data.batch import Batch, Columns, InOrder, Source, split_steps
-from raycap.data.demo import demo_shards
+from raycap.data.demo import demo_shards, given_or_demo
 from raycap.data.stream import own_errors, steps_dataset
 from raycap.errors import UserError
 from raycap.metrics.coco import coco_scores
 from raycap.report import write_report
 from raycap.report.read import PER_IMAGE
 from raycap.schema import DecodeSettings
-from raycap.shards import Manifest, check_shards, read_manifest
+from raycap.shards import MANIFEST, Manifest, check_shards, read_manifest
 
 REPORT_S = 5.0
 MAX_RETRIES = 3  # of a block whose captioner died
@@ -36,9 +36,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     """Corpus metrics of a checkpoint on a split; what is written below config.out is in `_write`."""
     checkpoint, shards = _inputs(config)
     spec, _ = open_checkpoint(checkpoint, prompt=config.prompt)
-    settings = spec.decode.override(num_beams=config.num_beams, max_new_tokens=config.max_new_tokens)
-    spec.check_settings(settings)
-    spec = replace(spec, decode=settings)
+    spec = replace(spec, decode=spec.settings(num_beams=config.num_beams, max_new_tokens=config.max_new_tokens))
     manifest = read_manifest(shards)
     check_shards(manifest)
     _check_keys(manifest)
@@ -122,17 +120,11 @@ def _report_progress(rows: Iterator[Row], num_images: int) -> Iterator[Row]:
 
 def _inputs(config: EvaluateConfig) -> tuple[str, str]:
     """Checkpoint and shards, the demo's where none are given. Raises UserError if the demo is not there."""
-    demo = default_root("demo")
-    checkpoint, shards = config.checkpoint or storage.join(demo, "checkpoint"), config.shards or demo_shards(demo).test
-    for given, file in (
-        (config.checkpoint, storage.join(checkpoint, "raycap.json")),
-        (config.shards, storage.join(shards, "manifest.parquet")),
-    ):
-        if not given and not storage.exists(file):
-            raise UserError(
-                f"no demo to evaluate: {file!r} does not exist; run make demo and `export RAYCAP_RUNS=$PWD/runs`, or give --checkpoint and --shards"
-            )
-    return checkpoint, shards
+    demo, words = default_root("demo"), {"to": "evaluate", "flags": "--checkpoint and --shards"}
+    return (
+        given_or_demo(config.checkpoint, storage.join(demo, "checkpoint"), SEAL, **words),
+        given_or_demo(config.shards, demo_shards(demo).test, MANIFEST, **words),
+    )
 
 
 def _check_keys(manifest: Manifest) -> None:

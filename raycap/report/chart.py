@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from operator import itemgetter
 from typing import Any
 
 MAX_POINTS = 400  # of one curve: more than the pixels it has
@@ -59,7 +60,7 @@ def _thin(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], .
     if size <= 2:
         return tuple(points)
     stretches = [points[first : first + size] for first in range(0, len(points), size)]
-    value = lambda point: point[1]  # noqa: E731
+    value = itemgetter(1)
     return tuple(point for part in stretches for point in sorted({min(part, key=value), max(part, key=value)}))
 
 

@@ -29,14 +29,15 @@ from ray.serve.handle import DeploymentHandle
 
 from raycap import cluster, storage
 from raycap.captioner import Captioner
-from raycap.config import ServeConfig, default_root
+from raycap.checkpoint import SEAL, CheckpointSpec
+from raycap.config import ServeConfig, compute_dtype, default_root
+from raycap.data.demo import given_or_demo
 from raycap.decode_pool import DecodePool
 from raycap.errors import RequestErrorKind, UserError
 from raycap.schema import CaptionResult, DecodeSettings
 from raycap.serving.door import Door, Limits, Refusal, overloaded, token_digest
 from raycap.serving.http import Decoder, Served, build_http
 from raycap.serving.observe import Metrics
-from raycap.text import prompt_ids
 
 Pixels = npt.NDArray[np.uint8]
 SPARE_SLOTS = 32  # of Serve, beyond max_queue: for /healthz, /readyz and for saying 429
@@ -83,14 +84,8 @@ def check_token(host: str, token: str) -> None:
 
 def checkpoint_of(config: ServeConfig) -> str:
     """The checkpoint to serve, the demo's where none is given. Raises UserError if the demo is not there."""
-    if config.checkpoint:
-        return config.checkpoint
     demo = storage.join(default_root("demo"), "checkpoint")
-    if not storage.exists(storage.join(demo, "raycap.json")):
-        raise UserError(
-            f"no demo to serve: {demo!r} holds no checkpoint; run make demo and `export RAYCAP_RUNS=$PWD/runs`, or give --checkpoint"
-        )
-    return demo
+    return given_or_demo(config.checkpoint, demo, SEAL, to="serve", flags="--checkpoint")
 
 
 def uses_gpus(config: ServeConfig) -> bool:
@@ -125,7 +120,7 @@ def assemble(
             num_replicas=config.num_replicas,
             ray_actor_options={"num_cpus": 1, "num_gpus": config.num_gpus if gpu else 0},
             **options,
-        ).bind(config, checkpoint_of(config), "cuda" if gpu else "cpu", _dtype(config, gpu), threads)
+        ).bind(config, checkpoint_of(config), "cuda" if gpu else "cpu", compute_dtype(config.dtype, gpu), threads)
     http = HttpReplica.options(ray_actor_options={"num_cpus": config.decode_workers}, **options)  # type: ignore[attr-defined]
     application: Application = http.bind(config, digest, captioner, decoder or _decode_pool)
     return application
@@ -134,10 +129,6 @@ def assemble(
 def num_cpus(config: ServeConfig) -> int:
     """Ray CPUs that the application takes."""
     return config.decode_workers + config.num_replicas
-
-
-def _dtype(config: ServeConfig, gpu: bool) -> str:
-    return config.dtype if config.dtype != "auto" else "bf16" if gpu else "fp32"
 
 
 def _decode_pool(config: ServeConfig) -> Decoder:
@@ -186,20 +177,24 @@ class CaptionerReplica:
         return [results[i] for i in range(len(pixels))]
 
 
+def decode_settings(config: ServeConfig, spec: CheckpointSpec) -> DecodeSettings:
+    """What a request gets that asks for nothing else. Raises ValueError if the model cannot do it."""
+    return spec.settings(
+        num_beams=config.num_beams, max_new_tokens=config.max_new_tokens, num_candidates=config.num_candidates
+    )
+
+
 def _served(captioner: Captioner, config: ServeConfig) -> Served:
     spec = captioner.spec
-    positions = spec.model_config.get("text_config", {}).get("max_position_embeddings") or spec.text.max_tokens
     return Served(
         kind=spec.kind,
         step=spec.info.get("step"),
         fingerprint=spec.fingerprint,
         verified=spec.verified,
         image=spec.image,
-        decode=spec.decode.override(
-            num_beams=config.num_beams, max_new_tokens=config.max_new_tokens, num_candidates=config.num_candidates
-        ),
+        decode=decode_settings(config, spec),
         prompt=spec.text.prompt,
-        max_new_tokens=positions + 1 - len(prompt_ids(spec.tokenizer, spec.text)),  # the last one is never read
+        max_new_tokens=spec.most_new_tokens or spec.text.max_tokens,
     )
 
 

@@ -17,7 +17,16 @@ from raycap import cluster
 from raycap.checkpoint import open_checkpoint
 from raycap.config import ServeConfig
 from raycap.errors import RaycapError, UserError
-from raycap.serving.app import LOOPBACK, assemble, check_token, checkpoint_of, limits_of, num_cpus, uses_gpus
+from raycap.serving.app import (
+    LOOPBACK,
+    assemble,
+    check_token,
+    checkpoint_of,
+    decode_settings,
+    limits_of,
+    num_cpus,
+    uses_gpus,
+)
 from raycap.serving.door import front_environment, token_digest
 
 APP = "raycap"
@@ -81,6 +90,7 @@ def start(config: ServeConfig) -> str:
     check_token(config.host, token)
     source = checkpoint_of(config)
     spec, _ = open_checkpoint(source, prompt=config.prompt)
+    decode_settings(config, spec)
     if not spec.verified:
         print(f"{source} is unverified: no raycap.json vouches for it", flush=True)
     cluster.connect(

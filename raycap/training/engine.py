@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from raycap.checkpoint import export_weights
-from raycap.config import TrainConfig
+from raycap.config import TrainConfig, compute_dtype
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ class PlainEngine:
         self._clip_norm = config.clip_norm
         self._num_micro_steps = num_micro_steps
         self._micro_step = 0
-        self._dtype = torch.bfloat16 if compute_dtype(config, device) == "bf16" else torch.float32
+        self._dtype = torch.bfloat16 if compute_dtype(config.dtype, device.type == "cuda") == "bf16" else torch.float32
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         with self.autocast():
@@ -105,7 +105,7 @@ class DeepSpeedEngine:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.grad_divisor = self.world_size * num_micro_steps
         self.stage = config.zero_stage
-        self._dtype = torch.bfloat16 if compute_dtype(config, device) == "bf16" else torch.float32
+        self._dtype = torch.bfloat16 if compute_dtype(config.dtype, device.type == "cuda") == "bf16" else torch.float32
         module.to(device)
         self.engine, *_ = deepspeed.initialize(
             model=module,
@@ -206,11 +206,6 @@ def build_optimizer(module: nn.Module, config: TrainConfig, device: torch.device
     plain = [p for p in module.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, fused=device.type == "cuda")
-
-
-def compute_dtype(config: TrainConfig, device: torch.device) -> str:
-    """fp32 or bf16: what matrix products run in. Weights and optimizer state are fp32 either way."""
-    return ("bf16" if device.type == "cuda" else "fp32") if config.dtype == "auto" else config.dtype
 
 
 def _set_lr(optimizer: Any, lr: float) -> None:

@@ -289,6 +289,11 @@ def test_a_checkpoint_that_is_missing_or_damaged_is_refused_before_ray(checkpoin
         start(ServeConfig(checkpoint=damaged))
 
 
+def test_captions_longer_than_the_model_reads_are_refused_before_ray(checkpoint: str) -> None:
+    with pytest.raises(ValueError, match=r"max_new_tokens=1000 behind the prompt .* give at most"):
+        start(ServeConfig(checkpoint=checkpoint, max_new_tokens=1000))
+
+
 def test_more_captioners_than_cpus_are_refused(server: Server) -> None:
     with pytest.raises(UserError, match=r"needs 13 CPUs .*--num-replicas 12 .* has 8"):
         start(ServeConfig(checkpoint=server.checkpoint, num_replicas=12))

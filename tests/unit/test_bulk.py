@@ -470,6 +470,8 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_written(config: Capt
 def test_settings_that_clash_with_the_checkpoints_are_refused(config: CaptionBucketConfig) -> None:
     with pytest.raises(ValueError, match="num_candidates"):
         caption_bucket(replace(config, num_candidates=2))
+    with pytest.raises(ValueError, match=r"max_new_tokens=1000 behind the prompt .* give at most"):
+        caption_bucket(replace(config, max_new_tokens=1000))
     assert not Path(config.out).exists()
 
 

@@ -1,6 +1,5 @@
 """cluster/ holds what KubeRay, Ray and raycap's own parsers accept: fields, flags, images, sizes, secrets, the lock, commands."""
 
-import importlib.util
 import json
 import re
 import runpy
@@ -123,16 +122,6 @@ def capacity(name: str, resource: str) -> int:
 def serve_config(name: str) -> dict[str, Any]:
     config: dict[str, Any] = yaml.safe_load(read(name)["spec"]["serveConfigV2"]) if name == RAY_SERVICE else read(name)
     return config
-
-
-@pytest.fixture(scope="module")
-def job_module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("_job", ROOT / "jobs" / "_job.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def parse_job(job_module: ModuleType, words: list[str]) -> Any:

@@ -424,3 +424,9 @@ def test_a_hub_name_without_network_is_refused_at_once(monkeypatch: pytest.Monke
             CheckpointError, match=f"no checkpoint folder at '{path}': it does not exist; check the path"
         ):
             import_published(path, prompt="", max_tokens=20)
+
+
+def test_a_file_in_the_place_of_a_folder_is_named_one(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"at '.*/model.safetensors': it is a file; give its folder"):
+        open_checkpoint(str(tmp_path / "model.safetensors"))

@@ -1,6 +1,5 @@
 """README.md tells the truth: its commands parse, its targets exist, its files are there."""
 
-import importlib.util
 import re
 import shlex
 import subprocess
@@ -37,16 +36,6 @@ def commands() -> list[str]:
     blocks: list[str] = re.findall(r"```bash\n(.*?)```", README, re.S)
     lines = [part.strip() for block in blocks for line in block.splitlines() for part in line.split("#")[:1]]
     return [line for line in [*lines, *re.findall(r"`(python jobs/[^`]+)`", README)] if "jobs/" in line]
-
-
-@pytest.fixture(scope="module")
-def job_module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("_job", ROOT / "jobs" / "_job.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_there_are_commands_to_check() -> None:
