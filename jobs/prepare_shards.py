@@ -1,6 +1,7 @@
 #!/usr/bin/env python
-"""COCO-format annotations and images -> WebDataset shards with a manifest. Without flags: the demo. Run again to resume."""
+"""Captions and images of a known data set -> WebDataset shards with a manifest. Without flags: the demo. Run again to resume."""
 
+from dataclasses import asdict
 from functools import partial
 
 from _job import run_job
@@ -15,20 +16,12 @@ def prepare(config: PrepareConfig) -> None:
     from raycap.data.prepare import prepare_shards
 
     start = partial(connect, num_cpus=2, need="packing shards")
-    if config.annotations:
-        manifest = prepare_shards(
-            config.annotations,
-            config.images,
-            config.out,
-            samples_per_shard=config.samples_per_shard,
-            seed=config.seed,
-            connect=start,
-        )
-        print(f"{config.out} holds {manifest.num_samples} images in {len(manifest.shards)} shards")
+    if config.images:
+        prepare_shards(**asdict(config), connect=start)
     else:
         start()
         demo = find_or_make_demo(config.out)
-        print(f"no --annotations: the demo's shards are {demo.train}, {demo.val} and {demo.test}")
+        print(f"no --images: the demo's shards are {demo.train}, {demo.val} and {demo.test}")
 
 
 if __name__ == "__main__":

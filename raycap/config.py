@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "fp32", "bf16"]
+DatasetFormat = Literal["auto", "coco", "karpathy", "lavis", "flickr8k", "flickr30k", "conceptual", "img2dataset"]
 
 
 def compute_dtype(dtype: Dtype, on_gpu: bool) -> Literal["fp32", "bf16"]:
@@ -75,31 +76,61 @@ class DemoConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """COCO-format annotations and images -> WebDataset shards and manifest.parquet. Without flags: the demo data set."""
+    """Captions and images of a known data set -> WebDataset shards and manifest.parquet. Without flags: the demo data set."""
 
     ROOTS: ClassVar = ("annotations", "images", "out")
 
     annotations: str = ""
-    """COCO captions JSON, for example /data/coco/annotations/captions_train2017.json."""
+    """File or s3:// URL of the captions, for example /data/coco/annotations/captions_train2017.json."""
     images: str = ""
-    """Folder or s3:// root that the annotations' file names are below."""
+    """Folder or s3:// root that the annotations' file names are below; or that img2dataset wrote its shards to."""
+    format: DatasetFormat = "auto"
+    """What the annotations are; auto looks into the file. lavis: BLIP's json lists; conceptual: CC3M's and CC12M's TSV;
+    img2dataset: shards, without --annotations, packed again in their order."""
+    split: str = ""
+    """Karpathy's dataset_*.json: train (with restval), val or test. Flickr8k: the same, or a file of image names."""
     out: str = default_root("demo")
     """Folder or s3:// root for the shards. The same command again resumes; other data in it is refused."""
     samples_per_shard: int = 1000
     """Images in one tar; one task holds this many encoded images in memory."""
     seed: int = 0
     """Seed of the order in which images are packed, so that neighbours in a shard are strangers."""
+    max_side: int = 0
+    """Resize images whose longer side has more pixels to it, as JPEG; others keep their bytes. 0 decodes and resizes none."""
+    quality: int = 95
+    """JPEG quality of the images that --max-side resizes."""
+    max_error_rate: float = 0.05
+    """Share of the samples that may be left out (unreadable, bad names, repeated keys); report.json lists them by key."""
 
     def __post_init__(self) -> None:
+        if self.format == "img2dataset":
+            _require(
+                bool(self.images) and not self.annotations,
+                "--format img2dataset takes --images, the folder that img2dataset wrote, and no --annotations",
+            )
+            _require(
+                self.seed == 0, f"--seed {self.seed} has no meaning with --format img2dataset, which keeps the order"
+            )
+        else:
+            _require(
+                bool(self.annotations) == bool(self.images),
+                "--annotations and --images go together; without both the demo is made",
+            )
         _require(
-            bool(self.annotations) == bool(self.images),
-            "--annotations and --images go together; without both the demo is made",
-        )
-        _require(
-            not self.annotations or self.out != default_root("demo"),
-            "--annotations and --images need an --out of their own",
+            not self.images or self.out != default_root("demo"),
+            "--images needs an --out of its own",
         )
         _require(self.samples_per_shard >= 1, f"--samples-per-shard must be at least 1, got {self.samples_per_shard}")
+        _require(
+            self.max_side == 0 or self.max_side >= 32,
+            f"--max-side must be 0 or at least 32 pixels, got {self.max_side}",
+        )
+        _require(1 <= self.quality <= 95, f"--quality must be in [1, 95], got {self.quality}")
+        _require(
+            self.max_side > 0 or self.quality == PrepareConfig.quality,
+            "--quality is for images that are resized; give --max-side too",
+        )
+        _require(0 <= self.max_error_rate < 1, f"--max-error-rate must be in [0, 1), got {self.max_error_rate}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +142,13 @@ class TrainConfig:
 
     # Data
     train_shards: str = ""
-    """Folder or s3:// root with manifest.parquet, as jobs/prepare_shards.py writes it. Demo preset: made when missing."""
+    """Folder or s3:// root: shards as jobs/prepare_shards.py writes them, or img2dataset's output as it is. Empty: the demo's."""
     val_shards: str = ""
     """The same for validation."""
+    run_length: int = 32
+    """Neighbours of a shard that are read together; fewer mix batches better and read shorter pieces."""
+    max_error_rate: float = 0.05
+    """Share of an epoch's samples that may be bad; they are skipped and listed in train.json. More ends the run."""
     out: str = default_root("demo")
     """Output root: checkpoint/ (best by CIDEr), checkpoints/ (the last ones), metrics.jsonl, config.json, status.json."""
 
@@ -130,6 +165,12 @@ class TrainConfig:
     """Text in front of every caption, in training (masked from the loss) and in generation."""
     max_tokens: int = 32
     """Longest caption in tokens, prompt and end included; longer ones are cut."""
+    clean_captions: bool = True
+    """Lower case, no punctuation, at most 30 words, as BLIP's captions are; off keeps them as they are written."""
+    decode: Literal["exact", "fast"] = "exact"
+    """fast decodes a JPEG much larger than --image-size at a fraction of its size; the checkpoint remembers it."""
+    augment: Literal["none", "blip"] = "none"
+    """blip: random crop, flip (not where a caption says left or right) and RandAugment(2, 5), as BLIP was trained."""
 
     # Optimisation
     epochs: int = 10
@@ -157,9 +198,7 @@ class TrainConfig:
     num_workers: int = 2
     """Training processes; with GPUs, one each."""
     cpus_per_worker: int = 1
-    """Ray CPUs and torch threads of one training process."""
-    cpus_for_data: int = 1
-    """Ray CPUs that reading, decoding and tokenising may use, per training process."""
+    """Ray CPUs and torch threads of one training process; reading and decoding take the CPUs that are left."""
     device: Device = "auto"
     """auto takes GPUs when the cluster has one for each worker, else CPUs."""
     dtype: Dtype = "auto"
@@ -195,7 +234,7 @@ class TrainConfig:
             "captions_per_image",
             "num_workers",
             "cpus_per_worker",
-            "cpus_for_data",
+            "run_length",
             "eval_every",
             "eval_images",
             "max_new_tokens",
@@ -204,6 +243,7 @@ class TrainConfig:
             "log_every",
         )
         _require_at_least(0, self, "warmup_steps", "weight_decay", "clip_norm", "max_failures")
+        _require(0 <= self.max_error_rate <= 1, f"--max-error-rate must be in [0, 1], got {self.max_error_rate}")
         _require(self.lr > 0, f"--lr must be positive, got {self.lr}")
         _require(0 <= self.label_smoothing < 1, f"--label-smoothing must be in [0, 1), got {self.label_smoothing}")
         _require(
@@ -251,8 +291,8 @@ TRAIN_PRESETS: dict[str, TrainConfig] = {
         warmup_steps=0,
         clip_norm=0.0,
         label_smoothing=0.1,
+        augment="blip",
         num_workers=8,
-        cpus_for_data=8,
         eval_every=1000,
         checkpoint_every=500,
     ),

@@ -1,9 +1,9 @@
 """The child of a DecodePool: reads encoded images from its standard input, writes prepared pixels to its standard output.
 
-Owns the protocol and the limits of the process; loads numpy and Pillow only, and these under the limits. Nothing that is
+Owns the protocol and the limits of the process; loads what raycap.image needs only, and that under the limits. Nothing that is
 written is a pickle: the child handles bytes of strangers, so the parent believes it nothing but numbers it has checked.
 
-    parent -> child   REQUEST (size, num_bytes), then the encoded image
+    parent -> child   REQUEST (fast, size, num_bytes), then the encoded image
     child -> parent   READY once; for each request BEGUN when it has been read, so that no image is blamed for the end of a
                       child that never saw it, then RESPONSE (code, width, height, num_bytes) and what follows: uint8
                       (3, size, size) if code is OK, else the message of the error KINDS[code], UTF-8
@@ -19,7 +19,7 @@ import sys
 from raycap.errors import ErrorKind, ImageError
 from raycap.schema import ImageSpec
 
-REQUEST = struct.Struct("<II")
+REQUEST = struct.Struct("<?II")
 RESPONSE = struct.Struct("<BIII")
 READY = b"raycap decoder 1"
 BEGUN = b"+"
@@ -42,7 +42,7 @@ def main(memory_bytes: int, cpu_s: int) -> None:
     _write(answers, READY)
     with open(0, "rb", buffering=65536) as requests:
         while len(header := requests.read(REQUEST.size)) == REQUEST.size:
-            size, num_bytes = REQUEST.unpack(header)
+            fast, size, num_bytes = REQUEST.unpack(header)
             _limit_cpu(cpu_s)
             try:
                 data = requests.read(num_bytes)
@@ -55,7 +55,7 @@ def main(memory_bytes: int, cpu_s: int) -> None:
                 return  # the parent is gone
             _write(answers, BEGUN)
             try:
-                prepared = prepare_bytes(data, ImageSpec(size=size))
+                prepared = prepare_bytes(data, ImageSpec(size=size, decode="fast" if fast else "exact"))
             except ImageError as error:
                 message = str(error).encode(errors="replace")[:MAX_MESSAGE_BYTES]
                 _write(answers, RESPONSE.pack(KINDS.index(error.kind), 0, 0, len(message)), message)

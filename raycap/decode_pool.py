@@ -26,8 +26,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+import cykooz_resizer
 import numpy as np
 import PIL
+import simplejpeg
 
 from raycap.decode_child import BEGUN, KINDS, MAX_MESSAGE_BYTES, MAX_SIZE, OK, READY, REQUEST, RESPONSE
 from raycap.errors import ErrorKind, ImageError, RaycapError
@@ -94,7 +96,7 @@ class DecodePool:
         for place, data in enumerate(images):
             try:
                 check_bytes(data, self.max_bytes)
-                jobs.append(_Job(call, place, data, spec.size))
+                jobs.append(_Job(call, place, data, spec))
             except ImageError as error:
                 call.put(place, error)
         self._enqueue(jobs)
@@ -162,7 +164,7 @@ class DecodePool:
             try:
                 if child is None or not child.alive():
                     child = self._start(child)
-                job.call.put(job.place, child.prepare(job.data, job.size, self.timeout_s))
+                job.call.put(job.place, child.prepare(job.data, job.spec, self.timeout_s))
             except ImageError as error:
                 if self._ended():  # then it was close() that killed the child
                     job.call.fail(_closed())
@@ -256,13 +258,13 @@ class _Call:
 class _Job:
     """One image of a call."""
 
-    __slots__ = ("call", "data", "deaths", "place", "size")
+    __slots__ = ("call", "data", "deaths", "place", "spec")
 
-    def __init__(self, call: _Call, place: int, data: bytes, size: int) -> None:
+    def __init__(self, call: _Call, place: int, data: bytes, spec: ImageSpec) -> None:
         self.call = call
         self.place = place
         self.data = data
-        self.size = size
+        self.spec = spec
         self.deaths = 0  # of children that had not read it
 
 
@@ -346,12 +348,14 @@ class _Child:
             self.process.kill()
             raise RaycapError(f"the decoder process is of another version of raycap: it said {bytes(answer)!r}")
 
-    def prepare(self, data: bytes, size: int, timeout_s: float) -> Prepared:
+    def prepare(self, data: bytes, spec: ImageSpec, timeout_s: float) -> Prepared:
         """Raises ImageError, after which the child is not alive if it was its own end, and _DiedBefore."""
         deadline = time.monotonic() + timeout_s
         begun = bytearray(1)
         try:
-            self._send([memoryview(REQUEST.pack(size, len(data))), memoryview(data)], deadline)
+            self._send(
+                [memoryview(REQUEST.pack(spec.decode == "fast", spec.size, len(data))), memoryview(data)], deadline
+            )
             self._receive(memoryview(begun), deadline)
             header = bytearray(RESPONSE.size)
             self._receive(memoryview(header), deadline)
@@ -359,7 +363,7 @@ class _Child:
             if begun != BEGUN:
                 raise self._nonsense()
             if code == OK:
-                pixels = np.empty((3, size, size), np.uint8)
+                pixels = np.empty((3, spec.size, spec.size), np.uint8)
                 if num_bytes != pixels.nbytes or not 0 < width * height <= MAX_PIXELS:
                     raise self._nonsense()
                 self._receive(pixels.data.cast("B"), deadline)
@@ -434,7 +438,7 @@ class _Child:
 
 def _environment() -> dict[str, str]:
     """What a child needs to import raycap.image, and nothing else: no keys, no tokens, no proxies."""
-    packages = (Path(__file__), Path(str(np.__file__)), Path(str(PIL.__file__)))
+    packages = (Path(__file__), *(Path(str(m.__file__)) for m in (np, PIL, simplejpeg, cykooz_resizer)))
     folders = dict.fromkeys(str(file.absolute().parents[1]) for file in packages)
     kept = {name: os.environ[name] for name in ("PYTHONHOME", "LD_LIBRARY_PATH") if name in os.environ}
     return {

@@ -27,6 +27,20 @@ class ErrorKind(StrEnum):
     DECODER_MEMORY = "decoder_memory"
 
 
+class SampleErrorKind(StrEnum):
+    """Why one sample of a shard is left out. In the same field as ErrorKind: what is counted is the image that is missing.
+
+    All but SAMPLE_CHANGED are found when a shard is indexed, and again when its bytes are read.
+    """
+
+    NO_CAPTION = "no_caption"  # it has none, or only spaces
+    DUPLICATE_KEY = "duplicate_key"  # an earlier sample, in this shard or in one before it, has the key
+    BAD_NAME = "bad_name"  # its name is not UTF-8, or names no file
+    TRUNCATED_SHARD = "truncated_shard"  # the shard ends or is damaged here: this sample and all behind it are lost
+    BAD_SAMPLE = "bad_sample"  # not one image with captions that can be read
+    SAMPLE_CHANGED = "sample_changed"  # the bytes at its place are no longer those that were indexed
+
+
 class RequestErrorKind(StrEnum):
     """Why an HTTP request has no result although its image may be fine. In the same field as ErrorKind."""
 

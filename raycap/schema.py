@@ -1,7 +1,9 @@
 """The nouns that rooms exchange. Owns their fields and Arrow schemas, no behaviour; imports nothing heavy."""
 
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from raycap.errors import SampleErrorKind
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,23 +35,41 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SampleError:
+    """A sample of a shard that cannot be used. key: its own, else "<shard>[<index>]". message: one sentence."""
+
+    key: str
+    kind: SampleErrorKind
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ImageSpec:
     """How an image becomes pixel_values. Stored in the checkpoint, so that no door can differ.
 
     size: side S in pixels; the image is resized to S x S without keeping its aspect (BLIP's `squash`), bicubic.
     mean, std: per channel (R, G, B), applied on the model's device to pixels scaled to [0, 1].
+    decode: "exact" takes every pixel of the file; "fast" lets a JPEG of at least twice S be decoded at a fraction of its size.
     """
 
     size: int
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, as in BLIP's configuration
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    decode: Literal["exact", "fast"] = "exact"
+
+    def __post_init__(self) -> None:
+        if self.decode not in ("exact", "fast"):
+            raise ValueError(
+                f"an image is decoded 'exact' or 'fast', not {self.decode!r}; give one of the two as decode"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> "ImageSpec":
-        return cls(size=int(d["size"]), mean=_triple(d["mean"]), std=_triple(d["std"]))
+        decode = d.get("decode", "exact")  # checkpoints of raycap 0.1.0 do not say
+        return cls(size=int(d["size"]), mean=_triple(d["mean"]), std=_triple(d["std"]), decode=decode)
 
 
 def _triple(values: Any) -> tuple[float, float, float]:
@@ -118,11 +138,13 @@ class CaptionResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardIndex:
-    """One shard of a manifest.
+    """What is known of one shard before it is read.
 
-    shard: file name below the manifest's folder. etag: sha256 of its bytes, hex. keys: in file order.
-    offsets: byte offset of each sample's first tar header, plus the offset behind the last sample (num_samples + 1
-    values), so that a run of neighbours is one range read.
+    shard: file name below the manifest's folder. num_bytes, etag: of the file; etag is its sha256, hex. keys: of the
+    samples that can be used, in file order. offsets, num_samples + 1 values: of a tar, the byte at which each sample's first
+    header begins, and the byte behind the last sample, so that a run of neighbours is one range read; of a Parquet file,
+    row numbers. checksums: crc32 of each sample's own bytes in a tar, headers included; of its image's bytes in a
+    Parquet file. skipped: (key, SampleErrorKind) of what is not among keys.
     """
 
     shard: str
@@ -130,14 +152,22 @@ class ShardIndex:
     etag: str
     keys: tuple[str, ...]
     offsets: tuple[int, ...]
+    checksums: tuple[int, ...]
+    skipped: tuple[tuple[str, str], ...] = ()
 
     @property
     def num_samples(self) -> int:
         return len(self.keys)
 
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> "ShardIndex":
+        """What asdict gave, after a way through JSON."""
+        lists = {name: tuple(d[name]) for name in ("keys", "offsets", "checksums")}
+        return cls(**{**d, **lists, "skipped": tuple((key, kind) for key, kind in d["skipped"])})
+
 
 def manifest_schema() -> "pa.Schema":
-    """Arrow schema of manifest.parquet: one row per shard, see ShardIndex."""
+    """Arrow schema of manifest.parquet: one row per shard, see ShardIndex. Keys are not in it; they come with the samples."""
     import pyarrow as pa
 
     return pa.schema(
@@ -146,8 +176,9 @@ def manifest_schema() -> "pa.Schema":
             ("num_samples", pa.int64()),
             ("num_bytes", pa.int64()),
             ("etag", pa.string()),
-            ("keys", pa.list_(pa.string())),
             ("offsets", pa.list_(pa.int64())),
+            ("checksums", pa.list_(pa.uint32())),
+            ("skipped", pa.list_(pa.struct([("key", pa.string()), ("kind", pa.string())]))),
         ]
     )
 

@@ -17,7 +17,7 @@ from raycap.config import TrainConfig
 from raycap.datasets.coco import read_coco
 from raycap.datasets.demo import write_demo
 from raycap.schema import Sample
-from raycap.shards import pack_shard, write_manifest
+from raycap.shards import pack_shard, read_manifest, read_run, write_manifest
 from raycap.text import TextSpec, role_ids, save_tokenizer, train_wordpiece
 
 # Set before anything imports Ray: the test cluster listens on loopback only and must not write a token into the home folder.
@@ -71,6 +71,14 @@ def pack(root: str, samples: list[Sample], samples_per_shard: int = 40) -> str:
         indexes.append(index)
     write_manifest(root, indexes)
     return root
+
+
+def samples_of(root: str) -> list[Sample]:
+    """All samples of a folder of shards, in order; none of them may be broken."""
+    manifest = read_manifest(root)
+    found = [s for number, size in enumerate(manifest.sizes.tolist()) for s in read_run(manifest, number, 0, size)]
+    assert all(isinstance(sample, Sample) for sample in found)
+    return [sample for sample in found if isinstance(sample, Sample)]
 
 
 def _load(key: str, url: str, captions: tuple[str, ...], image_id: int | str | None) -> Sample:

@@ -1,40 +1,50 @@
-"""Packs a captioned data set into shards with Ray Data. Owns which sample goes into which shard, and the job's life:
+"""Packs a captioned data set into shards with Ray. Owns the job's life; spill.py owns the order, pack.py one shard:
 
 1. read the annotations; order the samples by a hash of (seed, key), so that neighbours in a shard are random
-2. claim the output with the plan `_index/plan.json`; another data set, seed or shard size is refused
+2. claim the output with the plan `_index/plan.json`; another data set, seed, shard or image size is refused
 3. one Ray task per missing shard: read its images, pack, commit `shard-00000.tar`, then `_index/shard-00000.json`
-4. gather the indexes and seal the folder with manifest.parquet
+4. gather the indexes, write report.json, and seal the folder with manifest.parquet
 
-The bytes depend on the data set, seed and samples_per_shard alone. Killed anywhere and run again, the job makes the
-shards that are missing and ends with the same bytes.
+The bytes depend on the data set and on the plan alone: not on the order of the annotations, nor on how many tasks work.
+Killed anywhere and run again, the job makes the shards that are missing and ends with the same bytes. What cannot be packed
+is left out, counted and listed in report.json; the job fails when that is more than a share of the samples.
+
+Memory grows by 40 bytes a sample when the manifest is made, and by no more: of millions, the refs are sorted
+through temporary files, and the tasks are fed as they finish.
 """
 
 import contextlib
-import functools
-import hashlib
+import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
-from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from raycap import storage, units
+from raycap.config import DatasetFormat
+from raycap.data.index import open_shards
+from raycap.data.pack import INDEX, Packed, RunUnit, Shrink, Skip, describe_kinds, pack_unit, packed_before, read_packed
+from raycap.data.spill import SortedRefs, Unit
 from raycap.data.ticker import ticking
-from raycap.datasets.coco import read_coco
+from raycap.datasets.dataset import DatasetRead
+from raycap.datasets.read import read_dataset
 from raycap.errors import RaycapError, StorageError
-from raycap.schema import Sample, SampleRef, ShardIndex
-from raycap.shards import MANIFEST, Manifest, pack_shard, read_manifest, write_manifest
+from raycap.shards import MANIFEST, Manifest, read_manifest
+from raycap.shards.manifest import ShardArrays, build_manifest, manifest_bytes, without_keys
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-INDEX = "_index"
 PLAN = f"{INDEX}/plan.json"
+REPORT = "report.json"
 REPORT_S = 2.0
-_READ_THREADS = 16  # of one task, and only for URLs: reading an object is mostly waiting
-_MAX_RETRIES = 3  # of a task whose process died; Ray's own default repeats a shard that kills its worker for ever
+_MAX_RETRIES = 3  # of a task whose process died; more would repeat a shard that kills its worker for ever
+_MAX_GROUPS = 100  # of images with the same bytes, listed in the report
+
+Pack = Callable[[Unit | RunUnit], Packed]
 
 
 def prepare_shards(
@@ -42,171 +52,264 @@ def prepare_shards(
     images: str,
     out: str,
     *,
+    format: DatasetFormat = "auto",
+    split: str = "",
     samples_per_shard: int = 1000,
     seed: int = 0,
+    max_side: int = 0,
+    quality: int = 95,
+    max_error_rate: float = 0.05,
     report: Callable[[str], None] = print,
     connect: Callable[[], None] = lambda: None,
 ) -> Manifest:
-    """Packs a data set of COCO captions into out and returns its manifest. Ray is connected by the caller, or by
-    `connect` once the input is known to be good and there is work to do.
+    """Packs a data set into out and returns its manifest. Ray is connected by the caller, or by `connect` once the input is
+    known to be good and there is work to do.
 
-    annotations: path or URL of captions_*.json. images, out: folders or URLs. report gets a line of key=value at least
-    every few seconds. An out that is finished is returned without any Ray work; one that was begun is continued.
-    Raises UserError if the annotations hold no usable sample, StorageError if out was begun with another data set, seed
-    or shard size, or if an image cannot be read; what is packed by then stays and is used by the next run.
+    annotations, images, format, split: see raycap.datasets.read. Format img2dataset takes the shards that img2dataset wrote
+    to images, or any others, and packs runs of samples_per_shard of their neighbours again, in order: there are no
+    annotations, and seed has no meaning. out: folder or URL. max_side: images with a longer side,
+    in pixels, are resized to it and written as JPEG of this quality; 0 packs every image's own bytes, undecoded.
+    max_error_rate: the share of the samples that may be left out; what the reader counts as skipped is not among them.
+    report gets a line of key=value at least every few seconds, and last a sentence with what was left out. An out that is
+    finished is returned without any Ray work; one that was begun is continued.
+    Raises UserError if the annotations hold no usable sample, StorageError if out was begun with another plan, if too many
+    samples are left out, or if the storage fails; what is packed by then stays and is used by the next run.
     """
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard is {samples_per_shard}, it must be at least 1")
-    read = read_coco(annotations, images)
-    for reason, count in read.skipped.items():
-        report(f"skipped={count} reason={reason!r}")
-    _claim(out, read.samples, images, samples_per_shard, seed)
+    shrink = Shrink(max_side, quality) if max_side else None
+    pack = partial(pack_unit, out, shrink=shrink)
+    sides = {"max_side": max_side, "quality": quality} if shrink else {"max_side": 0}
+    plan = {"images": images, "samples_per_shard": samples_per_shard, "seed": seed, **sides}
+    if format == "img2dataset":
+        source = open_shards(images, storage.join(out, INDEX, "source"), report=report, connect=connect)
+        plan |= {"samples_fingerprint": source.fingerprint, "num_samples": source.num_samples}
+        failures = DatasetRead(samples=(), skipped=Counter(source.failures))
+        work = Work(_run_sizes(source, samples_per_shard), _runs(source, samples_per_shard), pack, source.skipped)
+        return _prepare(out, plan, work, failures, max_error_rate, report, connect)
+    read = read_dataset(annotations, images, format=format, split=split)
+    with SortedRefs(read.samples, seed) as refs:
+        plan |= {"samples_fingerprint": refs.fingerprint, "num_samples": refs.num_samples}
+        work = Work(refs.sizes(samples_per_shard), refs.units(samples_per_shard), pack, ())
+        return _prepare(out, plan, work, read, max_error_rate, report, connect)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The shards that an output is to have. sizes: name -> samples that go into it. units: in order, each made by pack.
+    skipped: what is left out before any is packed."""
+
+    sizes: dict[str, int]
+    units: Iterable[Unit | RunUnit]
+    pack: Pack
+    skipped: tuple[Skip, ...]
+
+
+def _run_sizes(source: Manifest, samples_per_shard: int) -> dict[str, int]:
+    """Name of each run of neighbours, in order -> its samples; the last one of a shard may be short."""
+    runs = ((size, start) for size in source.sizes.tolist() for start in range(0, size, samples_per_shard))
+    return {f"shard-{i:05d}": min(samples_per_shard, size - start) for i, (size, start) in enumerate(runs)}
+
+
+def _runs(source: Manifest, samples_per_shard: int) -> Iterator[RunUnit]:
+    names = iter(_run_sizes(source, samples_per_shard).items())
+    for i, size in enumerate(source.sizes.tolist()):
+        offsets, checksums = source.places(i, 0, size)
+        part = ShardArrays(
+            source.shards[i], int(source.num_bytes[i]), "", np.array(offsets), np.array(checksums, np.uint32), ()
+        )
+        alone = build_manifest(source.root, [part], {})
+        for start in range(0, size, samples_per_shard):
+            name, length = next(names)
+            yield RunUnit(name, alone, start, start + length)
+
+
+def _prepare(
+    out: str,
+    plan: dict[str, Any],
+    work: Work,
+    read: DatasetRead,
+    max_error_rate: float,
+    report: Callable[[str], None],
+    connect: Callable[[], None],
+) -> Manifest:
+    """Steps 2 to 4."""
+    _claim(out, plan)
     if storage.exists(storage.join(out, MANIFEST)):
         manifest = read_manifest(out)
         report(f"finished_before=true shards={len(manifest.shards)} rows={manifest.num_samples} out={out!r}")
-        return manifest
-    shards = plan_shards(read.samples, samples_per_shard, seed)
-    # A tar alone may lack its index; an index alone has lost its tar.
-    have = units.done(out, ".tar") & units.done(storage.join(out, INDEX), ".json")
-    if shards.keys() - have:
-        connect()
-    with _progress(report, shards, have) as add:
-        error = _run({name: refs for name, refs in shards.items() if name not in have}, out, add)
-    if error:
-        raise StorageError(error)
-    return write_manifest(out, _read_indexes(out, list(shards)))
+    else:
+        num_samples = sum(work.sizes.values()) + len(work.skipped)
+        limit = Limit(num_samples, max_error_rate, out)
+        limit.add(Packed(0, work.skipped))
+        have = packed_before(out, work.sizes)
+        with _progress(report, work.sizes, have) as add:
+            if len(have) < len(work.sizes):
+                connect()
+                _run((unit for unit in work.units if unit.name not in have), work.pack, _each(limit.add, add))
+        manifest = _gather(out, work, read, Limit(num_samples, max_error_rate, out))
+    report(_last_line(out))
+    return manifest
 
 
-def plan_shards(samples: Sequence[SampleRef], samples_per_shard: int, seed: int) -> dict[str, list[SampleRef]]:
-    """Shard name without suffix -> its samples, in order; the last one may be short. Independent of the order given."""
+class Limit:
+    """Counts what is left out, and raises StorageError when it is more than the share of num_samples that may be."""
 
-    def place(ref: SampleRef) -> tuple[bytes, str]:
-        return hashlib.blake2b(f"{seed}:{ref.key}".encode(), digest_size=16).digest(), ref.key
+    def __init__(self, num_samples: int, max_error_rate: float, out: str) -> None:
+        self.num_samples = num_samples
+        self.kinds: Counter[str] = Counter()
+        self._first: list[Skip] = []
+        self._max_error_rate = max_error_rate
+        self._out = out
 
-    ordered = sorted(samples, key=place)
-    firsts = range(0, len(ordered), samples_per_shard)
-    return {f"shard-{i:05d}": ordered[first : first + samples_per_shard] for i, first in enumerate(firsts)}
-
-
-def pack_unit(out: str, name: str, refs: Sequence[SampleRef]) -> None:
-    """Makes one shard: `name`.tar, then its index, which marks it as done. Holds one shard in memory.
-
-    Raises StorageError if an image cannot be read or if out holds other bytes under that name.
-    """
-    num_threads = _READ_THREADS if any(storage.is_url(ref.url) for ref in refs) else 1
-    with ThreadPoolExecutor(num_threads) as pool:
-        samples = list(pool.map(_read, refs))
-    data, index = pack_shard(f"{name}.tar", samples)
-    units.commit(storage.join(out, index.shard), data)
-    units.commit(_index_url(out, name), json.dumps(asdict(index)).encode())
-
-
-def _read(ref: SampleRef) -> Sample:
-    return Sample(
-        key=ref.key,
-        image=storage.read_bytes(ref.url),
-        ext=PurePosixPath(ref.url).suffix.removeprefix("."),
-        captions=ref.captions,
-        image_id=ref.image_id,
-    )
+    def add(self, packed: Packed) -> None:
+        """Counts what one shard leaves out."""
+        self.kinds.update(kind for _, kind in packed.skipped)
+        self._first = sorted({*self._first, *packed.skipped})[:5]
+        if self.num_samples and self.kinds.total() / self.num_samples > self._max_error_rate:
+            some = ", ".join(f"{key!r} {kind}" for key, kind in self._first)
+            raise StorageError(
+                f"{self.kinds.total()} of {self.num_samples} samples cannot be packed into {self._out!r}, more than "
+                f"--max-error-rate {self._max_error_rate}: {describe_kinds(self.kinds)} (such as {some}); mend them and "
+                f"choose another --out, or raise --max-error-rate"
+            )
 
 
-def _claim(out: str, samples: Sequence[SampleRef], images: str, samples_per_shard: int, seed: int) -> None:
-    digest = hashlib.sha256()
-    for ref in sorted(samples, key=lambda ref: ref.key):
-        digest.update(json.dumps([ref.key, ref.url, ref.captions, ref.image_id]).encode() + b"\n")
-    plan = {
-        "samples_fingerprint": digest.hexdigest(),
-        "num_samples": len(samples),
-        "images": images,
-        "samples_per_shard": samples_per_shard,
-        "seed": seed,
-    }
+def _each(*actions: Callable[[Packed], None]) -> Callable[[Packed], None]:
+    def act(packed: Packed) -> None:
+        for action in actions:
+            action(packed)
+
+    return act
+
+
+def _claim(out: str, plan: dict[str, Any]) -> None:
     if storage.exists(storage.join(out, MANIFEST)) and not storage.exists(storage.join(out, PLAN)):
         raise StorageError(f"cannot prepare shards in {out!r}: its {MANIFEST} was made otherwise; choose another --out")
     units.claim(storage.join(out, PLAN), plan)
 
 
-def _index_url(out: str, name: str) -> str:
-    return storage.join(out, INDEX, f"{name}.json")
+# ---- the end
 
 
-def _read_indexes(out: str, names: Sequence[str]) -> list[ShardIndex]:
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
-        rows = [json.loads(data) for data in pool.map(lambda name: storage.read_bytes(_index_url(out, name)), names)]
-    return [ShardIndex(**{**row, "keys": tuple(row["keys"]), "offsets": tuple(row["offsets"])}) for row in rows]
+def _gather(out: str, work: Work, read: DatasetRead, limit: Limit) -> Manifest:
+    """Writes report.json, then manifest.parquet."""
+    names = list(work.sizes)
+    limit.add(Packed(0, work.skipped))
+    parts: list[ShardArrays] = []
+    hashes: list[npt.NDArray[np.uint64]] = []
+    skipped = list(work.skipped)
+    lost = work.skipped
+    for packed in read_packed(out, names):
+        limit.add(Packed(packed.index.num_samples, packed.index.skipped))
+        skipped += packed.index.skipped
+        if packed.index.num_samples:
+            parts.append(without_keys(replace(packed.index, skipped=(*lost, *packed.index.skipped))))
+            hashes.append(packed.image_hashes)
+            lost = ()
+        else:
+            lost = (*lost, *packed.index.skipped)  # of a shard without a file: listed with the next shard
+    if not parts:
+        raise StorageError(f"none of {limit.num_samples} samples can be packed into {out!r}; check --images")
+    parts[-1] = parts[-1]._replace(skipped=(*parts[-1].skipped, *lost))
+    num_packed = sum(len(part.checksums) for part in parts)
+    num_duplicates, groups = _duplicates(out, names, hashes)
+    facts = {
+        "samples": limit.num_samples,
+        "packed": num_packed,
+        "shards": len(parts),
+        "skipped": dict(limit.kinds),
+        "skipped_keys": sorted(skipped),
+        "reader": {"skipped": read.skipped, "first_keys": read.skipped_keys},
+        "duplicate_images": num_duplicates,
+        "duplicate_groups": groups,
+    }
+    units.commit(storage.join(out, REPORT), (json.dumps(facts, indent=1, sort_keys=True) + "\n").encode())
+    units.seal(out, MANIFEST, manifest_bytes(parts))
+    return build_manifest(out, parts, {})
+
+
+def _duplicates(
+    out: str, names: Sequence[str], hashes: Sequence[npt.NDArray[np.uint64]]
+) -> tuple[int, list[list[str]]]:
+    """How many samples have the image bytes of one counted before, and the keys of some groups of them, sorted."""
+    values, counts = np.unique(np.concatenate(hashes), return_counts=True)
+    num_duplicates = int((counts - 1).sum())
+    keys: dict[int, list[str]] = {value: [] for value in values[counts > 1][:_MAX_GROUPS].tolist()}
+    for packed in read_packed(out, names) if keys else ():
+        for i in np.flatnonzero(np.isin(packed.image_hashes, list(keys))).tolist():
+            keys[int(packed.image_hashes[i])].append(packed.index.keys[i])
+    return num_duplicates, sorted(sorted(group) for group in keys.values())
+
+
+def _last_line(out: str) -> str:
+    url = storage.join(out, REPORT)
+    facts = json.loads(storage.read_bytes(url))
+    by_reader = ", ".join(f"{reason}: {count}" for reason, count in sorted(facts["reader"]["skipped"].items()))
+    return (
+        f"{out} holds {facts['packed']} images in {facts['shards']} shards; left out: "
+        f"{describe_kinds(Counter(facts['skipped']))}; skipped in the annotations: {by_reader or 'none'}; exact duplicates: "
+        f"{facts['duplicate_images']}; keys in {url}"
+    )
 
 
 # ---- Ray
 
 
-def _run(pending: dict[str, list[SampleRef]], out: str, add: Callable[[int], None]) -> str | None:
-    """Packs the pending shards, one task each. The first failure ends the run: its sentence, or None.
+def _run(pending: Iterator[Unit | RunUnit], pack: Pack, add: Callable[[Packed], None]) -> None:
+    """Packs the pending units, one task each, and adds each as it is done. The first that fails ends the run.
 
-    Failures come back as rows, because an exception in a task would reach the user as Ray's traceback. The caller
-    raises them when this frame, and with it the data set that still runs, is gone.
+    No more units are held than twice the CPUs of the cluster. Failures come back as values, because an exception in a task
+    would reach the user as Ray's traceback. Raises StorageError, or RaycapError if Ray broke off.
     """
-    if not pending:
-        return None
-    import ray.data
+    import ray
     import ray.exceptions
 
-    from raycap.data.stream import quiet_context
-
-    # JSON, because Arrow knows no column of ids that are sometimes numbers and sometimes strings.
-    items = [{"name": name, "refs": json.dumps([asdict(ref) for ref in refs])} for name, refs in pending.items()]
+    task = ray.remote(_pack).options(num_cpus=1, max_retries=_MAX_RETRIES, scheduling_strategy="SPREAD")
+    working: list[ray.ObjectRef[Packed | str]] = []
     try:
-        with ray.data.DataContext.current(quiet_context()):
-            pack = functools.partial(_pack_block, out=out)
-            tasks = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-                pack, batch_size=None, batch_format="pyarrow", max_retries=_MAX_RETRIES
-            )
-            for row in tasks.iter_rows():
-                if row["error"]:
-                    return str(row["error"])
-                add(row["num_samples"])
+        while True:
+            most = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
+            working += [task.remote(pack, unit) for unit in itertools.islice(pending, most - len(working))]
+            if not working:
+                return
+            done, working = ray.wait(working)
+            for packed in ray.get(done):
+                if isinstance(packed, str):
+                    raise StorageError(packed)
+                add(packed)
     except ray.exceptions.RayError as e:
         reason = str(e).strip().splitlines()[-1].rstrip(".")
-        raise RaycapError(f"packing shards into {out!r} broke off: {reason}; run the same command to continue") from e
-    return None
+        raise RaycapError(f"packing shards broke off: {reason}; run the same command to continue") from e
 
 
-def _pack_block(block: "pa.Table", out: str) -> "pa.Table":
-    """One unit in, one row out: num_samples, and error, a sentence or ''."""
-    import pyarrow as pa
-
-    (unit,) = block.to_pylist()
-    refs = [SampleRef(**{**row, "captions": tuple(row["captions"])}) for row in json.loads(unit["refs"])]
-    error = ""
+def _pack(pack: Pack, unit: Unit | RunUnit) -> Packed | str:
+    """What pack returns, or the sentence of its failure."""
     try:
-        pack_unit(out, unit["name"], refs)
+        return pack(unit)
     except RaycapError as e:
-        error = str(e)
-    return pa.table({"num_samples": [len(refs)], "error": [error]})
+        return str(e)
 
 
 @contextlib.contextmanager
 def _progress(
-    report: Callable[[str], None], shards: dict[str, list[SampleRef]], have: set[str]
-) -> Iterator[Callable[[int], None]]:
-    """Reports a line every REPORT_S and at the end. Yields add(num_samples), to be called for each finished shard."""
-    total = sum(len(refs) for refs in shards.values())
-    first_rows = sum(len(refs) for name, refs in shards.items() if name in have)
-    counts: dict[str, Any] = {"shards": len(shards.keys() & have), "rows": first_rows}
+    report: Callable[[str], None], sizes: dict[str, int], have: set[str]
+) -> Iterator[Callable[[Packed], None]]:
+    """Reports a line every REPORT_S and at the end. Yields add(packed), to be called for each finished shard."""
+    total, first_rows = sum(sizes.values()), sum(sizes[name] for name in have)
+    shards, rows = len(have), first_rows
     start = time.monotonic()
 
-    def add(num_samples: int) -> None:
-        counts["shards"] += 1
-        counts["rows"] += num_samples
+    def add(packed: Packed) -> None:
+        nonlocal shards, rows
+        shards += 1
+        rows += packed.num_samples + len(packed.skipped)
 
     def line() -> str:
         seconds = time.monotonic() - start
-        rate = (counts["rows"] - first_rows) / seconds if seconds else 0.0
-        eta = f"{(total - counts['rows']) / rate:.0f}" if rate else "unknown"
-        return (
-            f"shards={counts['shards']}/{len(shards)} rows={counts['rows']}/{total} images_per_s={rate:.0f} "
-            f"eta_s={eta} elapsed_s={seconds:.0f}"
-        )
+        rate = (rows - first_rows) / seconds if seconds else 0.0
+        eta = f"{(total - rows) / rate:.0f}" if rate else "unknown"
+        return f"shards={shards}/{len(sizes)} rows={rows}/{total} images_per_s={rate:.0f} eta_s={eta} elapsed_s={seconds:.0f}"
 
     with ticking(line, report, REPORT_S):
         yield add

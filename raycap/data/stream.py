@@ -1,66 +1,106 @@
 """A plan, executed by Ray Data: what each rank's training or evaluation loop iterates over.
 
-One task loads a few consecutive steps of one rank and yields them as one block; blocks arrive in plan order, so the stream
-is exactly the plan for any number of workers and from any step. Each rank runs its own streaming executor, bounded to its
-own share of CPUs, because Ray Data's splitting may give ranks unequal counts.
+A task executes a few reads of the plan, each a run of neighbours in a shard, and yields them as one block of uint8 pixels
+and token ids. Blocks arrive in plan order and are put together to batches here, so the stream is exactly the plan for any
+number of workers and from any step. Each rank runs its own streaming executor, because Ray Data's splitting may give ranks
+unequal counts; raycap/DECISIONS.md has the comparison with one executor per node.
 """
 
+import itertools
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import numpy as np
 import ray
 import ray.data
 from ray.data import DataContext, Dataset, ExecutionResources
 from ray.util.annotations import RayDeprecationWarning
 
-from raycap.data.batch import Batch, Columns, Order, Source, load_steps, split_steps
+from raycap.data.batch import Batch, Columns, Source, assemble, load_reads
 from raycap.errors import StorageError
+from raycap.order import Indices, Order, Read
+from raycap.shards import Manifest
 
-BLOCK_BYTES = (
-    16 * 2**20
-)  # pixels of one task's block: long enough to hide Ray's cost per task, short enough to start soon
-MAX_STEPS_PER_TASK = 8
-MAX_TASKS = 2000  # of one data set; longer runs chain data sets, so that planning stays short
+# Ray Data costs about 35 ms of CPU a task, and needs 0.1 s to notice that one ended: a task should work for half a second.
+MAX_ROWS = 128
+MIN_ROWS = 16
+MAX_READS = 8_000  # of one data set; longer runs chain data sets, because planning one takes a millisecond a task
+AHEAD = 2  # tasks handed to Ray for each that runs, so that a CPU that becomes free has its next one
+T = TypeVar("T")
 
 
 def iterate(
-    order: Order, rank: int, world: int, *, source: Source, start: int, stop: int, num_cpus: int = 1
-) -> Iterator[Batch]:
-    """Batches of steps start .. stop - 1 for one rank, in order. num_cpus: Ray CPUs that loading may use at once."""
-    if start >= stop:
-        return
-    shared = ray.put((order, source))
-    size = _steps_per_task(order, source, world)
-    for first in range(start, stop, size * MAX_TASKS):
-        last = min(first + size * MAX_TASKS, stop)
-        blocks = steps_dataset(shared, first, last, size, rank, world, num_cpus=num_cpus)
-        with own_errors():
-            for block in blocks.iterator().iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):
-                yield from split_steps(block)
-
-
-def steps_dataset(
-    shared: "ray.ObjectRef[tuple[Order, Source]]",
-    start: int,
-    stop: int,
-    size: int,
+    order: Order,
     rank: int,
     world: int,
     *,
+    manifest: "ray.ObjectRef[Manifest]",
+    source: Source,
+    start: int,
+    stop: int,
+    num_cpus: int = 1,
+    store_bytes: int | None = None,
+) -> Iterator[Batch]:
+    """Batches of steps start .. stop - 1 for one rank, in order.
+
+    num_cpus: Ray CPUs that are there for this rank's reads. store_bytes: this rank's share of Ray's shared memory, which
+    bounds how far ahead is read; without it half of all there is.
+    """
+    blocks = _blocks(order.reads(start, stop, rank, world), manifest, source, num_cpus, store_bytes)
+    return assemble(blocks, order, source, start=start, stop=stop, rank=rank, world=world)
+
+
+def _blocks(
+    reads: Iterator[Read],
+    manifest: "ray.ObjectRef[Manifest]",
+    source: Source,
     num_cpus: int,
+    store_bytes: int | None,
+) -> Iterator[Columns]:
+    """The blocks of the data sets of MAX_READS reads; the next one starts while the last blocks of one are waited for."""
+
+    def start() -> tuple[int, Iterator[Columns]] | None:
+        if not (part := list(itertools.islice(reads, MAX_READS))):
+            return None
+        tasks = _Tasks.of(part, num_cpus)
+        data = _dataset(tasks, manifest, source, num_cpus, store_bytes)
+        blocks = iter(data.iterator().iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1))
+        return len(tasks), itertools.chain([next(blocks)], blocks)
+
+    with ThreadPoolExecutor(1) as ahead, own_errors():
+        coming: Future[tuple[int, Iterator[Columns]] | None] = ahead.submit(start)
+        while (data_set := coming.result()) is not None:
+            num_blocks, blocks = data_set
+            for number, block in enumerate(blocks):
+                if number == max(0, num_blocks - 1 - AHEAD * num_cpus):
+                    coming = ahead.submit(start)
+                yield block
+
+
+def reads_dataset(
+    reads: Sequence[Read], manifest: "ray.ObjectRef[Manifest]", source: Source, *, num_cpus: int
 ) -> Dataset:
-    """A lazy data set of one block per task, `size` steps in each, in order."""
+    """A lazy data set of blocks of whole reads, in order; `load_reads` says what is in them."""
+    return _dataset(_Tasks.of(reads, num_cpus), manifest, source, num_cpus, None)
+
+
+def _dataset(
+    tasks: "_Tasks", manifest: "ray.ObjectRef[Manifest]", source: Source, num_cpus: int, store_bytes: int | None
+) -> Dataset:
     context = quiet_context()
     context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = ExecutionResources(cpu=num_cpus)
-    num_tasks = -(-(stop - start) // size)
-    options = {"shared": shared, "start": start, "stop": stop, "size": size, "rank": rank, "world": world}
+    context.execution_options.resource_limits = ExecutionResources(
+        cpu=AHEAD * num_cpus, object_store_memory=store_bytes
+    )
+    options = {"tasks": ray.put(tasks), "manifest": manifest, "source": ray.put(source)}
     with DataContext.current(context):
-        numbers = ray.data.range(num_tasks, override_num_blocks=num_tasks)
+        numbers = ray.data.range(len(tasks), override_num_blocks=len(tasks))
     return numbers.map_batches(_load, batch_size=None, fn_kwargs=options, num_cpus=1)  # type: ignore[arg-type]  # its types know no fn_kwargs
 
 
@@ -89,33 +129,77 @@ def quiet_context() -> DataContext:
     return context
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Tasks:
+    """Reads as flat arrays, which every process of a node sees without a copy.
+
+    cuts: where each read begins in indices, steps and rows, (num_reads + 1,). firsts: the first read of each task, and
+    behind the last, (num_tasks + 1,).
+    """
+
+    epochs: Indices
+    shards: Indices
+    cuts: Indices
+    indices: Indices
+    steps: Indices
+    rows: Indices
+    firsts: Indices
+
+    @classmethod
+    def of(cls, reads: Sequence[Read], num_cpus: int) -> "_Tasks":
+        """Neighbouring reads of up to MAX_ROWS rows a task; of less where that would leave CPUs without one."""
+        cuts = np.cumsum([0, *(len(read.indices) for read in reads)])
+        rows = min(MAX_ROWS, max(MIN_ROWS, int(cuts[-1]) // (4 * num_cpus)))
+        firsts = [0]
+        for number in range(1, len(reads)):
+            if cuts[number + 1] - cuts[firsts[-1]] > rows:
+                firsts.append(number)
+        return cls(
+            epochs=np.array([read.epoch for read in reads]),
+            shards=np.array([read.shard for read in reads]),
+            cuts=cuts,
+            indices=np.concatenate([read.indices for read in reads]),
+            steps=np.concatenate([read.steps for read in reads]),
+            rows=np.concatenate([read.rows for read in reads]),
+            firsts=np.array([*firsts, len(reads)]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.firsts) - 1
+
+    def __getitem__(self, number: int) -> list[Read]:
+        return [self._read(i) for i in range(int(self.firsts[number]), int(self.firsts[number + 1]))]
+
+    def _read(self, number: int) -> Read:
+        part = slice(int(self.cuts[number]), int(self.cuts[number + 1]))
+        return Read(
+            epoch=int(self.epochs[number]),
+            shard=int(self.shards[number]),
+            indices=self.indices[part],
+            steps=self.steps[part],
+            rows=self.rows[part],
+        )
+
+
 def _load(
     block: Columns,
-    shared: "ray.ObjectRef[tuple[Order, Source]]",
-    start: int,
-    stop: int,
-    size: int,
-    rank: int,
-    world: int,
+    tasks: "ray.ObjectRef[_Tasks]",
+    manifest: "ray.ObjectRef[Manifest]",
+    source: "ray.ObjectRef[Source]",
 ) -> Columns:
     (number,) = block["id"].tolist()
-    first = start + number * size
-    order, source = _fetch(shared)
-    return load_steps(order, source, range(first, min(first + size, stop)), rank, world)
+    return load_reads(_fetch(tasks)[number], _fetch(manifest), _fetch(source))
 
 
 _fetched: dict[str, Any] = {}
+_MAX_FETCHED = 64  # a process works for all ranks of its node
 
 
-def _fetch(shared: "ray.ObjectRef[tuple[Order, Source]]") -> tuple[Order, Source]:
-    """The shared order and source, deserialised once per process: a manifest of millions of keys is not small."""
-    if shared.hex() not in _fetched:
-        _fetched.clear()
-        _fetched[shared.hex()] = ray.get(shared)
-    result: tuple[Order, Source] = _fetched[shared.hex()]
+def _fetch(ref: "ray.ObjectRef[T]") -> T:
+    """The object of a reference, fetched once per process; its arrays are views of Ray's shared memory."""
+    if ref.hex() not in _fetched:
+        while len(_fetched) >= _MAX_FETCHED:
+            _fetched.pop(next(iter(_fetched)))
+        _fetched[ref.hex()] = ray.get(ref)
+    result: T = _fetched[ref.hex()]
     return result
-
-
-def _steps_per_task(order: Order, source: Source, world: int) -> int:
-    step_bytes = order.rows(world) * 3 * source.image.size**2
-    return max(1, min(MAX_STEPS_PER_TASK, BLOCK_BYTES // step_bytes))

@@ -17,15 +17,17 @@ from raycap import cluster, storage
 from raycap.captioner import Captioner
 from raycap.checkpoint import SEAL, CheckpointSpec, open_checkpoint
 from raycap.config import EvaluateConfig, default_root
-from raycap.data.batch import Batch, Columns, InOrder, Source, split_steps
+from raycap.data.batch import Columns, Source
 from raycap.data.demo import demo_shards, given_or_demo
-from raycap.data.stream import own_errors, steps_dataset
+from raycap.data.index import open_shards
+from raycap.data.stream import own_errors, reads_dataset
 from raycap.errors import UserError
 from raycap.metrics.coco import coco_scores
+from raycap.order import InOrder
 from raycap.report import write_report
-from raycap.report.read import PER_IMAGE
+from raycap.report.read import INDEX, PER_IMAGE
 from raycap.schema import DecodeSettings
-from raycap.shards import MANIFEST, Manifest, check_shards, read_manifest
+from raycap.shards import MANIFEST, Manifest, check_shards
 
 REPORT_S = 5.0
 MAX_RETRIES = 3  # of a block whose captioner died
@@ -37,16 +39,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     checkpoint, shards = _inputs(config)
     spec, _ = open_checkpoint(checkpoint, prompt=config.prompt)
     spec = replace(spec, decode=spec.settings(num_beams=config.num_beams, max_new_tokens=config.max_new_tokens))
-    manifest = read_manifest(shards)
+    manifest = open_shards(shards, storage.join(config.out, INDEX), connect=lambda: _connect(config))
     check_shards(manifest)
-    _check_keys(manifest)
     num_images = min(config.max_images or manifest.num_samples, manifest.num_samples)
     use_gpu = _connect(config)
     unverified = "" if spec.verified else " (unverified: no raycap.json vouches for it)"
     print(f"captioning {num_images} images of {shards} with {checkpoint}{unverified}", flush=True)
-    rows = list(_report_progress(_caption_rows(config, checkpoint, spec, manifest, num_images, use_gpu), num_images))
+    captions = _caption_rows(config, checkpoint, spec, manifest, num_images, use_gpu)
+    rows = list(_report_progress(_check_keys(captions, manifest.root), num_images))
     captioned = [row for row in rows if not row["error_kind"]]
     errors = Counter(row["error_kind"] for row in rows if row["error_kind"])
+    errors.update(kind for _, kind in manifest.skipped)  # what was known before anything was read
     if not captioned:
         raise UserError(
             f"none of the {num_images} images in {shards!r} could be decoded ({dict(errors)}); check the shards"
@@ -127,13 +130,16 @@ def _inputs(config: EvaluateConfig) -> tuple[str, str]:
     )
 
 
-def _check_keys(manifest: Manifest) -> None:
-    """Raises UserError if two samples share a key: scores are by key, so one of them would count for both."""
-    key, count = Counter(key for shard in manifest.shards for key in shard.keys).most_common(1)[0]
-    if count > 1:
-        raise UserError(
-            f"{count} images in {manifest.root!r} have the key {key!r}; prepare the shards again with a key for each image"
-        )
+def _check_keys(rows: Iterator[Row], root: str) -> Iterator[Row]:
+    """The rows. Raises UserError when two have a key in common: scores are by key, so one of them would count for both."""
+    seen = set()
+    for row in rows:
+        if row["key"] in seen:
+            raise UserError(
+                f"2 images in {root!r} have the key {row['key']!r}; prepare the shards again with a key for each image"
+            )
+        seen.add(row["key"])
+        yield row
 
 
 class _CaptionBlock:
@@ -145,43 +151,40 @@ class _CaptionBlock:
         self._settings, self._size = settings, micro_batch_size
 
     def __call__(self, block: Columns) -> Columns:
-        rows = [row for batch in split_steps(block) for row in self._rows(batch)]
-        return {"row": np.array([json.dumps(row) for row in rows], dtype=object)}
+        return {"row": np.array([json.dumps(row) for row in self._rows(block)], dtype=object)}
 
-    def _rows(self, batch: Batch) -> Iterator[Row]:
-        kinds = dict(batch.errors)
-        for first in range(0, len(batch.keys), self._size):
+    def _rows(self, block: Columns) -> Iterator[Row]:
+        for first in range(0, len(block["key"]), self._size):
             part = slice(first, first + self._size)
-            results = self._captioner.caption_prepared(np.ascontiguousarray(batch.pixel_values[part]), self._settings)
-            about = zip(batch.keys[part], batch.image_ids[part], batch.captions[part], results, strict=True)
-            for key, image_id, references, result in about:
-                if key:
-                    kind = kinds.get(key)
-                    yield {
-                        "key": key,
-                        "image_id": image_id,
-                        "caption": None if kind else result.caption,
-                        "references": references,
-                        "error_kind": kind,
-                    }
+            results = self._captioner.caption_prepared(
+                np.ascontiguousarray(block["pixel_values"][part]), self._settings
+            )
+            columns = (block[name][part] for name in ("key", "error_kind", "about"))
+            for key, kind, about, result in zip(*columns, results, strict=True):
+                facts = json.loads(about)
+                yield {
+                    "key": key,
+                    "image_id": facts["image_id"],
+                    "caption": None if kind else result.caption,
+                    "references": facts["captions"],
+                    "error_kind": kind or None,
+                }
 
 
 def _caption_rows(
     config: EvaluateConfig, checkpoint: str, spec: CheckpointSpec, manifest: Manifest, num_images: int, use_gpu: bool
 ) -> Iterator[Row]:
     load = partial(Captioner.load, checkpoint, device="cuda" if use_gpu else "cpu", prompt=config.prompt)
-    order = InOrder(num_samples=num_images, global_batch_size=config.micro_batch_size)
+    order = InOrder(shard_sizes=manifest.sizes, num_samples=num_images, global_batch_size=config.micro_batch_size)
     source = Source(
-        manifest=manifest,
         image=spec.image,
         text=spec.text,
         tokenizer=spec.tokenizer.to_str(),
         captions_per_image=1,
         seed=0,
     )
-    blocks = steps_dataset(
-        ray.put((order, source)), 0, order.num_steps, 1, 0, 1, num_cpus=config.concurrency + 1
-    ).map_batches(
+    reads = list(order.reads(0, order.num_steps, rank=0, world=1))
+    blocks = reads_dataset(reads, ray.put(manifest), source, num_cpus=config.concurrency + 1).map_batches(
         _CaptionBlock,
         fn_constructor_args=(load, spec.decode, config.micro_batch_size),
         batch_size=None,
@@ -193,10 +196,4 @@ def _caption_rows(
     )
     with own_errors():
         for block_row in blocks.iter_rows():
-            row: Row = json.loads(block_row["row"])
-            if not row["references"]:
-                raise UserError(
-                    f"the image {row['key']!r} in {manifest.root!r} has no captions to compare with; evaluate on shards whose "
-                    f"samples have some"
-                )
-            yield row
+            yield json.loads(block_row["row"])

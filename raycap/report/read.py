@@ -4,7 +4,8 @@ import base64
 import io
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +15,11 @@ from raycap import storage, units
 from raycap.errors import ImageError, StorageError
 from raycap.image import decode_image
 from raycap.report.chart import Chart, is_number, training_charts
-from raycap.shards import Manifest, read_manifest, read_run
+from raycap.schema import SampleError
+from raycap.shards import read_manifest, read_run
 
 PER_IMAGE = "per_image.jsonl"
+INDEX = "index/evaluation"  # below the run folder: of shards that have no manifest of their own
 BULK = "captions"  # the folder of bulk output below a run
 MAX_SAMPLES = 20  # of each gallery
 MAX_ROWS = 20  # of failures, of each door
@@ -95,7 +98,7 @@ def read_report(out: str) -> Report:
             for record in records
             if "val_loss" in record
         ),
-        galleries=_galleries(scored, images, notes),
+        galleries=_galleries(out, scored, images, notes),
         failures=tuple(found for found in failures if found is not None),
         settings=_settings(config, scored, bulk),
         notes=tuple(notes),
@@ -180,7 +183,9 @@ def _shown(value: Any) -> str:
 # ---- samples
 
 
-def _galleries(scored: Json, images: Sequence[Json], notes: list[str]) -> dict[str, tuple[CaptionedImage, ...]]:
+def _galleries(
+    out: str, scored: Json, images: Sequence[Json], notes: list[str]
+) -> dict[str, tuple[CaptionedImage, ...]]:
     """Random images, the same every time, and the worst and the best by their own CIDEr."""
     rows = [row for row in images if is_number(row.get("cider"))]
     if not rows:
@@ -192,7 +197,10 @@ def _galleries(scored: Json, images: Sequence[Json], notes: list[str]) -> dict[s
         "Best": ranked[::-1][:MAX_SAMPLES],
     }
     keys = {str(row.get("key")) for part in chosen.values() for row in part}
-    thumbnails = _thumbnails(str(scored.get("shards", "")), str(scored.get("data_fingerprint", "")), keys, notes)
+    # An evaluation has one row per sample, in the order of the shards.
+    numbers = {key: i for i, row in enumerate(images) if (key := str(row.get("key"))) in keys}
+    shards, fingerprint = str(scored.get("shards", "")), str(scored.get("data_fingerprint", ""))
+    thumbnails = _thumbnails(shards, storage.join(out, INDEX), fingerprint, numbers, notes)
     return {name: tuple(_captioned(row, thumbnails) for row in part) for name, part in chosen.items()}
 
 
@@ -213,13 +221,18 @@ def _plain(word: str) -> str:
     return word.strip(".,;:!?\"'()").lower()
 
 
-def _thumbnails(shards: str, fingerprint: str, keys: Iterable[str], notes: list[str]) -> dict[str, str]:
-    """A data: URL for each key whose image can be read, each with one range read; what cannot becomes a note."""
+def _thumbnails(
+    shards: str, index_root: str, fingerprint: str, numbers: Mapping[str, int], notes: list[str]
+) -> dict[str, str]:
+    """A data: URL for each key whose image can be read, each with one range read; what cannot becomes a note.
+
+    index_root: where the manifest is if it is not beside the shards. numbers: of the samples, by key.
+    """
     if not shards:
         notes.append("Images are not shown: there is no metrics.json that names the shards they lie in.")
         return {}
     try:
-        manifest = read_manifest(shards)
+        manifest = read_manifest(shards, index_root)
     except StorageError as error:
         notes.append(f"Images are not shown: {error}.")
         return {}
@@ -227,24 +240,22 @@ def _thumbnails(shards: str, fingerprint: str, keys: Iterable[str], notes: list[
         notes.append(f"Images are not shown: the shards at {shards} are no longer those that were evaluated.")
         return {}
     found = {}
-    for key, (number, i) in _places(manifest, set(keys)).items():
+    for key, i in numbers.items():
+        if i >= manifest.num_samples:
+            notes.append(f"The image {key} is not shown: {shards} holds only {manifest.num_samples} samples.")
+            continue
+        number, index = manifest.locate(i)
         try:
-            (sample,) = read_run(shards, manifest.shards[number], i, i + 1)
-            found[key] = thumbnail(sample.image)
+            (sample,) = read_run(manifest, number, index, index + 1)
+            if isinstance(sample, SampleError):
+                notes.append(f"The image {key} is not shown: {sample.message}.")
+            elif sample.key != key:
+                notes.append(f"The image {key} is not shown: sample {i} of {shards} is {sample.key}.")
+            else:
+                found[key] = thumbnail(sample.image)
         except (StorageError, ImageError) as error:
             notes.append(f"The image {key} is not shown: {error}.")
     return found
-
-
-def _places(manifest: Manifest, keys: set[str]) -> dict[str, tuple[int, int]]:
-    """(number of the shard, index in it) of each key."""
-    return {
-        key: (number, i)
-        for number, shard in enumerate(manifest.shards)
-        if not keys.isdisjoint(shard.keys)
-        for i, key in enumerate(shard.keys)
-        if key in keys
-    }
 
 
 def thumbnail(image: bytes) -> str:
@@ -263,8 +274,10 @@ def thumbnail(image: bytes) -> str:
 
 
 def _training_failures(train: Json) -> Failures | None:
-    rows = [(str(key), "", "") for key in _list(train.get("skipped_keys"))[:MAX_ROWS]]
-    return Failures(door="Training", by_kind=_object(train.get("skipped_by_kind")), rows=tuple(rows)) if train else None
+    by_kind = Counter(_object(train.get("skipped_by_kind"))) + Counter(_object(train.get("left_out_by_kind")))
+    keys = _object(train.get("left_out_keys")) | _object(train.get("skipped_keys"))
+    rows = [(str(key), str(kind), "") for key, kind in [*keys.items()][:MAX_ROWS]]
+    return Failures(door="Training", by_kind=dict(by_kind), rows=tuple(rows)) if train else None
 
 
 def _evaluation_failures(scored: Json, images: Sequence[Json]) -> Failures | None:

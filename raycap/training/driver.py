@@ -3,9 +3,10 @@
 import json
 import os
 import time
+from collections import Counter
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -14,21 +15,34 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from raycap import cluster, storage
 from raycap.config import TrainConfig, default_root
 from raycap.data.demo import find_or_make_demo
+from raycap.data.index import open_shards
 from raycap.errors import TrainingError, UserError
-from raycap.shards import check_shards, read_manifest
+from raycap.order import Plan
+from raycap.shards import Manifest, check_shards
+from raycap.training.loop import MAX_SKIPPED_KEYS
+from raycap.training.reshard import zero_3_refused
 from raycap.training.start import build_start
 from raycap.training.watch import Board, Display
-from raycap.training.worker import build_plan, train_worker
+from raycap.training.worker import Data, build_plan, train_worker
 
-# What may differ when a run is resumed: what changes no result, and what an error message asks to lower.
-CADENCE = ("cpus_per_worker", "cpus_for_data", "max_failures", "keep_last", "log_every", "checkpoint_every")
-FREE_FIELDS = (*CADENCE, "lr", "clip_norm")
+# What may differ when a run is resumed: what changes no result but its rounding, and what an error message asks to lower.
+NEUTRAL_FIELDS = (
+    "num_workers",
+    "micro_batch_size",
+    "cpus_per_worker",
+    "max_error_rate",
+    "max_failures",
+    "keep_last",
+    "log_every",
+    "checkpoint_every",
+)
+FREE_FIELDS = (*NEUTRAL_FIELDS, "lr", "clip_norm")
 
 
 def train_blip(config: TrainConfig) -> None:
     """Trains to the end, resuming what is in config.out. Raises UserError before anything ran, TrainingError after."""
     config = _with_demo(config)
-    train_manifest, val_manifest = read_manifest(config.train_shards), read_manifest(config.val_shards)
+    train_manifest, val_manifest = _open_shards(config, "train"), _open_shards(config, "val")
     plan = build_plan(config, train_manifest)
     num_steps = plan.steps_per_epoch * config.epochs
     identity = asdict(config) | {
@@ -53,16 +67,23 @@ def train_blip(config: TrainConfig) -> None:
         flush=True,
     )
     begun = time.perf_counter()
+    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    data = Data(
+        train=ray.put(train_manifest),
+        val=ray.put(val_manifest),
+        num_cpus=int(there["CPU"]) // config.num_workers - config.cpus_per_worker,
+        store_bytes=int(there["object_store_memory"] / 2 / config.num_workers),  # the other half is for batches in use
+    )
     board: Any = Board.remote()  # type: ignore[attr-defined]  # ray.remote's types hide it
     with Display(board, num_steps) as display:
         try:
-            _trainer(config, board, use_gpu).fit()
+            _trainer(config, board, data, use_gpu).fit()
         except ray.train.TrainingFailedError as error:
             message = ray.get(board.error.remote()) or _cause(error)
             raise TrainingError(message) from error
     if message := ray.get(board.error.remote()):
         raise TrainingError(message)
-    _write_report(config, display, num_steps, plan.num_dropped, time.perf_counter() - begun)
+    _write_report(config, display, num_steps, plan, train_manifest, time.perf_counter() - begun)
 
 
 def _with_demo(config: TrainConfig) -> TrainConfig:
@@ -74,15 +95,31 @@ def _with_demo(config: TrainConfig) -> TrainConfig:
     return replace(config, train_shards=demo.train, val_shards=demo.val, tokenizer=config.tokenizer or demo.tokenizer)
 
 
+def _open_shards(config: TrainConfig, split: Literal["train", "val"]) -> Manifest:
+    """The manifest of a split; shards without one are indexed below config.out. Raises UserError if too much is left out."""
+    root = config.train_shards if split == "train" else config.val_shards
+    index_root = storage.join(config.out, "index", split)
+    manifest = open_shards(
+        root, index_root, connect=lambda: cluster.connect(num_cpus=_num_cpus(config), need=_need(config))
+    )
+    num_listed = manifest.num_samples + len(manifest.skipped)
+    if len(manifest.skipped) > config.max_error_rate * num_listed:
+        kinds = ", ".join(f"{kind}: {count}" for kind, count in Counter(kind for _, kind in manifest.skipped).items())
+        raise UserError(
+            f"{len(manifest.skipped)} of the {num_listed} samples in {root!r} cannot be used ({kinds}; first: "
+            f"{', '.join(key for key, _ in manifest.skipped[:5])}), more than --max-error-rate {config.max_error_rate}; mend "
+            f"the shards or give a higher one"
+        )
+    return manifest
+
+
 def _num_cpus(config: TrainConfig) -> int:
-    return config.num_workers * (config.cpus_per_worker + config.cpus_for_data)
+    """For each worker its own CPUs and one that reads and decodes for it; more than that are used as they are there."""
+    return config.num_workers * (config.cpus_per_worker + 1)
 
 
 def _need(config: TrainConfig) -> str:
-    return (
-        f"--num-workers {config.num_workers} x (--cpus-per-worker {config.cpus_per_worker} + --cpus-for-data "
-        f"{config.cpus_for_data})"
-    )
+    return f"--num-workers {config.num_workers} x (--cpus-per-worker {config.cpus_per_worker} + 1 for its data)"
 
 
 def _connect(config: TrainConfig) -> bool:
@@ -94,9 +131,9 @@ def _connect(config: TrainConfig) -> bool:
     return cluster.use_gpus(config.device, config.num_workers, "--num-workers")
 
 
-def _trainer(config: TrainConfig, board: Any, use_gpu: bool) -> TorchTrainer:
+def _trainer(config: TrainConfig, board: Any, data: Data, use_gpu: bool) -> TorchTrainer:
     return TorchTrainer(
-        partial(train_worker, board=board),
+        partial(train_worker, board=board, data=data),
         train_loop_config={"config": asdict(config)},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
@@ -126,17 +163,22 @@ def _finished(out: str, identity: dict[str, Any]) -> bool:
     before = json.loads(storage.read_bytes(url))
     changes = {k: f"{k} {before.get(k)!r} -> {v!r}" for k, v in identity.items() if v != before.get(k)}
     finished = storage.exists(storage.join(out, "train.json"))
-    if not changes.keys() <= set(CADENCE if finished else FREE_FIELDS):
+    if not changes.keys() <= set(NEUTRAL_FIELDS if finished else FREE_FIELDS):
         raise UserError(
             f"--out {out!r} holds a run with other settings ({', '.join(changes.values())}); repeat its command, or "
             f"choose another --out"
         )
+    if identity["zero_stage"] == 3 and "num_workers" in changes and not finished:
+        raise UserError(zero_3_refused(out, before["num_workers"], identity["num_workers"]))
     if changes and not finished:
         print(f"going on with other settings: {', '.join(changes.values())}", flush=True)
     return finished
 
 
-def _write_report(config: TrainConfig, display: Display, num_steps: int, num_dropped: int, wall_s: float) -> None:
+def _write_report(
+    config: TrainConfig, display: Display, num_steps: int, plan: Plan, manifest: Manifest, wall_s: float
+) -> None:
+    """train.json. skipped: what a step could not use, once an epoch; left_out: what was known before the first step."""
     position = display.finished
     report = {
         "num_steps": num_steps,
@@ -144,14 +186,18 @@ def _write_report(config: TrainConfig, display: Display, num_steps: int, num_dro
         "best_cider": position["best_cider"],
         "skipped_by_kind": position["skipped"],
         "skipped_keys": position["skipped_keys"],
+        "left_out_by_kind": dict(Counter(kind for _, kind in manifest.skipped)),
+        "left_out_keys": dict(manifest.skipped[:MAX_SKIPPED_KEYS]),
+        "not_downloaded": manifest.failures,
         "resumed_from": display.resumed_from,
-        "num_dropped_per_epoch": num_dropped,
+        "num_dropped_per_epoch": plan.num_dropped,
         "wall_s": round(wall_s, 1),
     }
     storage.put(storage.join(config.out, "train.json"), (json.dumps(report, indent=2) + "\n").encode())
     print(
         f"trained {num_steps} steps in {wall_s:.0f} s; best CIDEr {position['best_cider']:.3f} at step {position['best_step']}; skipped "
-        f"images: {position['skipped'] or 'none'}; checkpoint: {config.out}/checkpoint",
+        f"images: {position['skipped'] or 'none'}; left out: {report['left_out_by_kind'] or 'none'}; checkpoint: "
+        f"{config.out}/checkpoint",
         flush=True,
     )
 

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from raycap.checkpoint import export_weights
 from raycap.config import TrainConfig, compute_dtype
+from raycap.training.reshard import check_state, read_share
 
 T = TypeVar("T")
+_TAG = "deepspeed"  # the folder inside a checkpoint that DeepSpeed's files are in
 
 
 class Engine(Protocol):
@@ -105,6 +107,7 @@ class DeepSpeedEngine:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.grad_divisor = self.world_size * num_micro_steps
         self.stage = config.zero_stage
+        self._clip_norm = config.clip_norm
         self._dtype = torch.bfloat16 if compute_dtype(config.dtype, device.type == "cuda") == "bf16" else torch.float32
         module.to(device)
         self.engine, *_ = deepspeed.initialize(
@@ -179,11 +182,20 @@ class DeepSpeedEngine:
 
     def save_state(self, folder: Path) -> None:
         """This rank's files of the sharded state; every rank must call it."""
-        self.engine.save_checkpoint(str(folder), tag="deepspeed", exclude_frozen_parameters=False)
+        self.engine.save_checkpoint(str(folder), tag=_TAG, exclude_frozen_parameters=False)
 
     def load_state(self, folder: Path) -> None:
-        loaded, _ = self.engine.load_checkpoint(str(folder), tag="deepspeed")
+        """What any number of ranks saved; under ZeRO 3 as many as there are now. Raises CheckpointError otherwise."""
+        check_state(folder / _TAG, self.stage, self.world_size)
+        ours = self.stage in (1, 2)
+        loaded, _ = self.engine.load_checkpoint(str(folder), tag=_TAG, load_optimizer_states=not ours)
         assert loaded is not None, f"DeepSpeed found no state in {folder}"
+        if ours:
+            sharded = self.engine.optimizer
+            sizes = [len(part) for part in sharded.single_partition_of_fp32_groups]
+            share = read_share(folder / _TAG, self.rank, sizes)
+            sharded.load_state_dict([share] * self.world_size, load_from_fp32_weights=True)  # it takes its own entry
+            sharded.clip_grad = self._clip_norm  # not the one it was saved under: a run may go on with another
 
 
 def avoid_compilers_on_cpu() -> None:

@@ -18,18 +18,23 @@ from raycap.schema import ImageSpec
 from raycap.training.engine import Engine
 
 Metrics = dict[str, Any]
+MAX_SKIPPED_KEYS = 1000
 DIGEST_BITS = 40  # sums of a few thousand stay exact in fp64
 
 
 @dataclass
 class Position:
-    """Where a run stands: what a checkpoint saves beside weights and optimizer state. step: optimizer steps done."""
+    """Where a run stands: what a checkpoint saves beside weights and optimizer state.
+
+    step: optimizer steps done. skipped: samples by error kind, one in several epochs several times. skipped_keys: the first
+    of them, key -> kind.
+    """
 
     step: int = 0
     best_cider: float = -1.0
     best_step: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
-    skipped_keys: list[str] = field(default_factory=list)
+    skipped_keys: dict[str, str] = field(default_factory=dict)
 
 
 def train(
@@ -48,7 +53,8 @@ def train(
     """Trains from position.step to num_steps and leaves `position` at the end.
 
     batches: this rank's share of each global batch from position.step on. evaluate, save, save_best and log are called on
-    every rank alike. Raises TrainingError, naming step and keys, at a loss that is not finite; the step is not taken.
+    every rank alike. Raises TrainingError, naming step and keys, at a loss that is not finite, and when more samples were bad
+    than config.max_error_rate of an epoch; the step is not taken.
     """
     watch = Stopwatch(position.step, num_steps)
     while position.step < num_steps:
@@ -58,17 +64,20 @@ def train(
         assert batch.step == step, (batch.step, step)
         torch.manual_seed(hash_text(f"{config.seed} {step} {engine.rank}"))  # dropout depends on the position alone
 
+        micro_batches = list(batch.micro_batches(config.micro_batch_size))
         # How many target tokens the whole global batch has is known before its first micro step.
         counts = [batch.num_tokens, batch.num_captions, batch.num_images, len(batch.errors), keys_digest(batch.keys)]
-        num_tokens, num_captions, num_images, num_errors, digest = engine.all_reduce([float(count) for count in counts])
+        counts += [int(batch.lengths.sum()), sum(ids.size for _, ids, _ in micro_batches)]
+        sums = engine.all_reduce([float(count) for count in counts])
+        num_tokens, num_captions, num_images, num_errors, digest, num_text, num_positions = sums
         if num_errors:
             count_skipped(position, engine.gather(batch.errors))
+            check_error_rate(position, config, num_steps)
 
         engine.module.train()
         lr = learning_rate(config, step, num_steps)
         scale = engine.grad_divisor / max(num_tokens, 1)
         loss_sum = 0.0
-        micro_batches = list(batch.micro_batches(config.micro_batch_size))
         for i, arrays in enumerate(micro_batches):
             pixel_values, input_ids, labels = (torch.tensor(array, device=engine.device) for array in arrays)
             micro_loss, _ = engine.forward(normalize(pixel_values, image), input_ids, labels)
@@ -81,7 +90,7 @@ def train(
                     raise TrainingError(not_finite(loss, step, keys, lr))
             engine.step(lr)
         position.step = step = step + 1
-        watch.add(num_images, num_captions)
+        watch.add(num_images, num_captions, num_text / max(num_positions, 1))
 
         if step % config.log_every == 0 or step == num_steps:
             log({"step": step, "loss": loss, "lr": lr, "batch_digest": int(digest), **watch.read(step)})
@@ -114,11 +123,25 @@ def keys_digest(keys: tuple[str, ...]) -> int:
 
 
 def count_skipped(position: Position, errors_of_ranks: list[tuple[tuple[str, str], ...]]) -> None:
-    """Adds bad images to the report: all by kind, the first hundred by name."""
+    """Adds bad samples to the report: all by kind, the first MAX_SKIPPED_KEYS by key."""
     for key, kind in (error for errors in errors_of_ranks for error in errors):
         position.skipped[kind] = position.skipped.get(kind, 0) + 1
-        if key not in position.skipped_keys and len(position.skipped_keys) < 100:
-            position.skipped_keys.append(key)
+        if len(position.skipped_keys) < MAX_SKIPPED_KEYS:
+            position.skipped_keys.setdefault(key, kind)
+
+
+def check_error_rate(position: Position, config: TrainConfig, num_steps: int) -> None:
+    """Raises TrainingError when the samples that were bad are more than the epochs begun so far may have."""
+    steps_per_epoch = max(1, num_steps // config.epochs)
+    epochs = position.step // steps_per_epoch + 1
+    num_bad, num_samples = sum(position.skipped.values()), epochs * steps_per_epoch * config.global_batch_size
+    if num_bad > config.max_error_rate * num_samples:
+        raise TrainingError(
+            f"{num_bad} of the {num_samples} samples of {epochs} epochs could not be used by step {position.step} "
+            f"({', '.join(f'{kind}: {count}' for kind, count in position.skipped.items())}; first: "
+            f"{', '.join(list(position.skipped_keys)[:5])}), more than --max-error-rate {config.max_error_rate}; mend the "
+            f"shards, or run the command again with a higher one"
+        )
 
 
 def not_finite(loss: float, step: int, keys: list[str], lr: float) -> str:
@@ -131,13 +154,13 @@ def not_finite(loss: float, step: int, keys: list[str], lr: float) -> str:
 
 
 class Stopwatch:
-    """Rates since the last reading: images and captions per second, share of time spent waiting for data, seconds left."""
+    """Since the last reading: images and captions per second, shares of time waiting for data and of padding, seconds left."""
 
     def __init__(self, step: int, num_steps: int) -> None:
         self._num_steps = num_steps
         self._since_step = step
         self._begun = time.perf_counter()
-        self._images = self._captions = self._wait_s = 0.0
+        self._images = self._captions = self._wait_s = self._text_share = 0.0
 
     def waiting(self) -> "_Span":
         return _Span(self._waited)
@@ -145,20 +168,24 @@ class Stopwatch:
     def paused(self) -> "_Span":
         return _Span(self._pause)
 
-    def add(self, images: float, captions: float) -> None:
+    def add(self, images: float, captions: float, text_share: float) -> None:
+        """One step. text_share: of the token positions that were computed, those that are no padding."""
         self._images += images
         self._captions += captions
+        self._text_share += text_share
 
     def read(self, step: int) -> Metrics:
         elapsed = max(time.perf_counter() - self._begun, 1e-9)
+        num_steps = max(1, step - self._since_step)
         rates = {
             "images_per_s": round(self._images / elapsed, 1),
             "captions_per_s": round(self._captions / elapsed, 1),
             "data_wait_percent": round(100 * self._wait_s / elapsed, 1),
-            "eta_s": round(elapsed / max(1, step - self._since_step) * (self._num_steps - step)),
+            "padding_percent": round(100 * (1 - self._text_share / num_steps), 1),
+            "eta_s": round(elapsed / num_steps * (self._num_steps - step)),
         }
         self._since_step, self._begun = step, time.perf_counter()
-        self._images = self._captions = self._wait_s = 0.0
+        self._images = self._captions = self._wait_s = self._text_share = 0.0
         return rates
 
     def _waited(self, seconds: float) -> None:

@@ -1,5 +1,6 @@
 """What a run starts from: published or earlier weights, or a fresh model of a named architecture. Runs on driver and workers."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,7 +33,13 @@ def build_start(config: TrainConfig) -> tuple[CheckpointSpec, CaptionModel]:
             f"--image-size {config.image_size} does not fit --init-from {config.init_from!r}, whose position embeddings are for "
             f"{spec.image.size} pixels; give --image-size {spec.image.size}"
         )
-    spec = _replace(spec, decode=_decode(config), model_config=_with_smoothing(spec.model_config, config))
+    spec = replace(
+        spec,
+        decode=_decode(config),
+        image=replace(spec.image, decode=config.decode),
+        text=replace(spec.text, clean=config.clean_captions),
+        model_config=_with_smoothing(spec.model_config, config),
+    )
     return spec, load_model(spec, weights, config.init_from)
 
 
@@ -72,13 +79,20 @@ def _fresh_spec(config: TrainConfig) -> CheckpointSpec:
             "pad_token_id": pad_id,
         },
     )
-    text = TextSpec(prompt=config.prompt, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id, max_tokens=config.max_tokens)
+    text = TextSpec(
+        prompt=config.prompt,
+        bos_id=bos_id,
+        eos_id=eos_id,
+        pad_id=pad_id,
+        max_tokens=config.max_tokens,
+        clean=config.clean_captions,
+    )
     return CheckpointSpec(
         kind="blip",
         model_config=_with_smoothing(model.to_dict(), config),
         tokenizer=tokenizer,
         text=text,
-        image=ImageSpec(size=config.image_size),
+        image=ImageSpec(size=config.image_size, decode=config.decode),
         decode=_decode(config),
     )
 
@@ -90,10 +104,6 @@ def _decode(config: TrainConfig) -> DecodeSettings:
 def _with_smoothing(model_config: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
     text = model_config["text_config"] | {"label_smoothing": config.label_smoothing}
     return model_config | {"text_config": text}
-
-
-def _replace(spec: CheckpointSpec, **changes: Any) -> CheckpointSpec:
-    return CheckpointSpec(**(vars(spec) | changes))
 
 
 def state_root(config: TrainConfig) -> str:

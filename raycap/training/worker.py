@@ -5,7 +5,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,15 @@ import ray.train.torch
 import torch
 
 from raycap import storage
+from raycap.augment import AugmentSpec
 from raycap.captioner import Captioner
 from raycap.checkpoint import CheckpointSpec, save_checkpoint
 from raycap.config import TrainConfig
-from raycap.data.batch import Batch, InOrder, Source
+from raycap.data.batch import Batch, Source
 from raycap.data.stream import iterate
 from raycap.errors import RaycapError, TrainingError
-from raycap.order import Plan, rows_per_rank
-from raycap.shards import Manifest, read_manifest
+from raycap.order import InOrder, Order, Plan, rows_per_rank
+from raycap.shards import Manifest
 from raycap.training.engine import DeepSpeedEngine, Engine
 from raycap.training.loop import Metrics, Position, train
 from raycap.training.start import build_start
@@ -32,12 +33,25 @@ from raycap.training.watch import MetricsFile
 STATE_FILE = "position.json"
 
 
-def train_worker(settings: dict[str, Any], board: Any) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What the driver found: the manifests of both splits, once in a node's memory, and what one worker's reads may take.
+
+    num_cpus: Ray CPUs. store_bytes: of Ray's shared memory.
+    """
+
+    train: "ray.ObjectRef[Manifest]"
+    val: "ray.ObjectRef[Manifest]"
+    num_cpus: int
+    store_bytes: int
+
+
+def train_worker(settings: dict[str, Any], board: Any, data: Data) -> None:
     """Ray Train's function per worker. settings: {"config": fields of TrainConfig}. Returns early once the run has failed."""
     if ray.get(board.error.remote()):
         return  # restarted after an error that a restart does not mend: end, so that the driver can say it
     try:
-        _run(TrainConfig(**settings["config"]), board)
+        _run(TrainConfig(**settings["config"]), board, data)
     except TrainingError as error:  # every rank raises it alike
         ray.get(board.fail.remote(str(error)))
     except RaycapError as error:
@@ -47,11 +61,15 @@ def train_worker(settings: dict[str, Any], board: Any) -> None:
 
 def build_plan(config: TrainConfig, manifest: Manifest) -> Plan:
     """The order of the run: a function of seed, manifest and global batch size alone."""
-    sizes = tuple(shard.num_samples for shard in manifest.shards)
-    return Plan(shard_sizes=sizes, global_batch_size=config.global_batch_size, seed=config.seed)
+    return Plan(
+        shard_sizes=manifest.sizes,
+        global_batch_size=config.global_batch_size,
+        seed=config.seed,
+        run_length=config.run_length,
+    )
 
 
-def _run(config: TrainConfig, board: Any) -> None:
+def _run(config: TrainConfig, board: Any, data: Data) -> None:
     torch.set_num_threads(config.cpus_per_worker)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's use, not ours
     context = ray.train.get_context()
@@ -64,23 +82,41 @@ def _run(config: TrainConfig, board: Any) -> None:
     if rank == 0 and position.step:
         board.post.remote({"resumed_from": position.step})
 
-    train_manifest, val_manifest = read_manifest(config.train_shards), read_manifest(config.val_shards)
+    train_manifest, val_manifest = ray.get(data.train), ray.get(data.val)
     plan = build_plan(config, train_manifest)
     num_steps = plan.steps_per_epoch * config.epochs
-    num_val = min(config.eval_images, val_manifest.num_samples)
-    val_order = InOrder(num_samples=num_val, global_batch_size=config.micro_batch_size * world)
+    val_order = InOrder(
+        shard_sizes=val_manifest.sizes,
+        global_batch_size=config.micro_batch_size * world,
+        num_samples=min(config.eval_images, val_manifest.num_samples),
+    )
+    source = Source(
+        image=spec.image,
+        text=spec.text,
+        tokenizer=spec.tokenizer.to_str(),
+        captions_per_image=config.captions_per_image,
+        seed=config.seed,
+    )
 
-    def stream(order: Plan | InOrder, manifest: Manifest, start: int, stop: int) -> Iterator[Batch]:
-        source = Source(
+    def stream(
+        order: Order, manifest: "ray.ObjectRef[Manifest]", source: Source, start: int, stop: int
+    ) -> Iterator[Batch]:
+        return iterate(
+            order,
+            rank,
+            world,
             manifest=manifest,
-            image=spec.image,
-            text=spec.text,
-            tokenizer=spec.tokenizer.to_str(),
-            captions_per_image=config.captions_per_image,
-            seed=config.seed,
+            source=source,
+            start=start,
+            stop=stop,
+            num_cpus=data.num_cpus,
+            store_bytes=data.store_bytes,
         )
-        return iterate(order, rank, world, source=source, start=start, stop=stop, num_cpus=config.cpus_for_data)
 
+    def validation() -> Iterator[Batch]:
+        return stream(val_order, data.val, source, 0, val_order.num_steps)
+
+    augmented = replace(source, augment=AugmentSpec() if config.augment == "blip" else None)
     metrics_file = MetricsFile(config.out, position.step) if rank == 0 else None
     saver = _Saver(engine, config, spec, train_manifest.fingerprint, metrics_file)
     validator = Validator(engine, Captioner(model, spec, device), config.micro_batch_size)
@@ -92,12 +128,12 @@ def _run(config: TrainConfig, board: Any) -> None:
 
     train(
         engine,
-        stream(plan, train_manifest, position.step, num_steps),
+        stream(plan, data.train, augmented, position.step, num_steps),
         config=config,
         image=spec.image,
         position=position,
         num_steps=num_steps,
-        evaluate=lambda step: validator.evaluate(stream(val_order, val_manifest, 0, val_order.num_steps)),  # noqa: ARG005
+        evaluate=lambda step: validator.evaluate(validation()),  # noqa: ARG005
         save=saver.save,
         save_best=saver.save_best,
         log=log,

@@ -92,21 +92,27 @@ def help_time() -> Line:
     return line(name="help_time", values=slowest, unit="s", must=1, aim=1)
 
 
-def imported(module: str) -> Callable[[], Line]:
-    """The benchmark `measure` of a module of this folder; what it returns is made a line."""
+def imported(module: str, function: str = "measure") -> Callable[[], Line]:
+    """A benchmark of a module of this folder; what it returns is made a line."""
 
     def run() -> Line:
-        measured: dict[str, Any] = import_module(f"tests.bench.{module}").measure()
+        measured: dict[str, Any] = getattr(import_module(f"tests.bench.{module}"), function)()
         return line(**measured) if "values" in measured else measured
 
     return run
 
 
-MODULES = ("first_caption", "bulk_overhead", "serve_noop")
+MODULES = ("first_caption", "bulk_overhead", "serve_noop", "preprocess_coco", "preprocess_12mp", "train_packed5")
 BENCHMARKS: dict[str, Callable[[], Line]] = {
     "help_time": help_time,
     "demo": demo,
     **{module: imported(module) for module in MODULES},
+    "loader_vs_webdataset": imported("loaders", "measure_webdataset"),
+    "loader_vs_raydata": imported("loaders", "measure_raydata"),
+    "loader_vs_dataloader": imported("loaders", "measure_dataloader"),
+    "plan_shards": imported("scale", "measure_plan"),
+    "rank_scaling": imported("scale", "measure_ranks"),
+    "store_bytes": imported("scale", "measure_store"),
 }
 
 

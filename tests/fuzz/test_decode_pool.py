@@ -115,6 +115,16 @@ def test_a_child_prepares_the_same_pixels_as_this_process(size: int) -> None:
             assert (result.width, result.height) == (90, 41)
 
 
+def test_a_child_decodes_fast_where_the_spec_says_so() -> None:
+    data = encode(photo(900, 700), "JPEG", quality=90)
+    fast, exact = ImageSpec(size=96, decode="fast"), ImageSpec(size=96)
+    with DecodePool(1) as pool:
+        as_fast, as_exact = pool.prepare(data, fast), pool.prepare(data, exact)
+    assert outcome(as_fast) == in_process(data, fast)
+    assert outcome(as_exact) == in_process(data, exact)
+    assert (as_fast.pixels != as_exact.pixels).any()
+
+
 def test_results_are_in_order_whoever_calls_at_the_same_time() -> None:
     images = [encode(photo(20 + n, 30, n)) if n % 5 else b"no image" for n in range(60)]
     expected = [in_process(data, SPEC) for data in images]
@@ -368,7 +378,7 @@ def test_a_child_knows_no_secret_and_holds_no_file_of_its_parent(
         assert not {name for name in ("torch", "/ray/", "transformers", "pyarrow") if name in maps}
 
 
-def test_a_child_loads_numpy_and_pillow_alone() -> None:
+def test_a_child_loads_what_decodes_and_nothing_else() -> None:
     code = """
         import sys
         before = set(sys.modules)
@@ -383,4 +393,7 @@ def test_a_child_loads_numpy_and_pillow_alone() -> None:
         print(*sorted(names))
     """
     code = "import sys; sys.path.insert(0, sys.argv[1])\n" + textwrap.dedent(code)
-    assert set(python(code).split()) - {"cython_runtime", "defusedxml"} == {"PIL", "numpy", "raycap", "nasty"}
+    assert set(python(code).split()) - {"cython_runtime", "defusedxml"} == {
+        *("PIL", "numpy", "simplejpeg", "cykooz_resizer"),
+        *("raycap", "nasty"),
+    }

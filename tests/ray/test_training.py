@@ -19,35 +19,33 @@ from raycap.data.batch import Source, iterate_local
 from raycap.errors import TrainingError, UserError
 from raycap.image import normalize
 from raycap.order import Plan
-from raycap.shards import read_manifest
+from raycap.shards import Manifest, read_manifest
 from raycap.training.driver import train_blip
 from raycap.training.engine import DeepSpeedEngine, avoid_compilers_on_cpu
 from raycap.training.loop import Position, learning_rate, train
 from raycap.training.start import build_start
+from raycap.training.worker import build_plan
 
 pytestmark = pytest.mark.ray
 STEPS = 20
 
 
-def inputs(config: TrainConfig) -> tuple[Plan, Source, Any, Any]:
+def inputs(config: TrainConfig) -> tuple[Plan, Manifest, Source, Any, Any]:
     spec, model = build_start(config)
     manifest = read_manifest(config.train_shards)
-    sizes = tuple(shard.num_samples for shard in manifest.shards)
-    plan = Plan(shard_sizes=sizes, global_batch_size=config.global_batch_size, seed=config.seed)
     source = Source(
-        manifest=manifest,
         image=spec.image,
         text=spec.text,
         tokenizer=spec.tokenizer.to_str(),
         captions_per_image=config.captions_per_image,
         seed=config.seed,
     )
-    return plan, source, spec, model
+    return build_plan(config, manifest), manifest, source, spec, model
 
 
 def plain_losses(config: TrainConfig) -> list[float]:
     """The same model on the same global batches, in a plain PyTorch loop that shares nothing else with ours."""
-    plan, source, spec, model = inputs(config)
+    plan, manifest, source, spec, model = inputs(config)
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -55,7 +53,7 @@ def plain_losses(config: TrainConfig) -> list[float]:
     ]
     optimizer = torch.optim.AdamW(groups)
     losses = []
-    for batch in iterate_local(plan, source, 0, STEPS):
+    for batch in iterate_local(plan, manifest, source, 0, STEPS):
         labels = torch.tensor(batch.labels).flatten(0, 1)
         pixel_values = normalize(torch.tensor(batch.pixel_values), spec.image)
         loss_sum, _ = model(pixel_values, torch.tensor(batch.input_ids).flatten(0, 1), labels)
@@ -79,13 +77,13 @@ def _train_under_every_stage(settings: dict[str, Any]) -> None:
     results: dict[int, Any] = {}
     for stage in (0, 1, 2, 3):
         config = replace(TrainConfig(**settings["config"]), zero_stage=stage, eval_every=10**6, checkpoint_every=10**6)
-        plan, source, spec, model = inputs(config)
+        plan, manifest, source, spec, model = inputs(config)
         num_parameters = sum(p.numel() for p in model.parameters())
         engine = DeepSpeedEngine(model, config, torch.device("cpu"), num_micro_steps=2)
         records: list[dict[str, Any]] = []
         train(
             engine,
-            iterate_local(plan, source, 0, STEPS, context.get_world_rank(), context.get_world_size()),
+            iterate_local(plan, manifest, source, 0, STEPS, context.get_world_rank(), context.get_world_size()),
             config=config,
             image=spec.image,
             position=Position(),

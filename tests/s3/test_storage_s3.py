@@ -269,6 +269,6 @@ def test_shards_prepared_on_s3_are_the_bytes_of_local_ones(
     manifest = read_manifest(f"{ROOT}/coco/out")
     local = read_manifest(f"{tmp_path}/out")
     assert manifest.fingerprint == local.fingerprint
-    assert read_run(manifest.root, manifest.shards[1], 2, 5) == read_run(local.root, local.shards[1], 2, 5)
+    assert read_run(manifest, 1, 2, 5) == read_run(local, 1, 2, 5)
     with pytest.raises(StorageError, match=r"no shards at .*; run jobs/prepare_shards.py first"):
         read_manifest(f"{ROOT}/coco")

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from conftest import Demo
-from s3_server import BUCKET
+from s3_server import BUCKET, faults
 from training_runs import curve, small_run
 
 from raycap import storage
@@ -18,13 +18,15 @@ pytestmark = [pytest.mark.ray, pytest.mark.s3]
 ROOT = f"s3://{BUCKET}/spine"
 
 
-def test_a_run_on_s3_is_the_run_on_a_local_folder_and_its_checkpoint_is_evaluated_there(
+def test_a_run_on_an_s3_that_fails_is_the_run_on_a_local_folder_and_its_checkpoint_is_evaluated_there(
     undisturbed: TrainConfig, demo: Demo, s3_endpoint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, folder in (("train", demo.train), ("val", demo.val), ("test", demo.test)):
         storage.upload_folder(folder, f"{ROOT}/{name}", last="manifest.parquet")
     config = replace(small_run(demo, f"{ROOT}/run"), train_shards=f"{ROOT}/train", val_shards=f"{ROOT}/val")
-    train_blip(config)
+    with faults(s3_endpoint, fail_every=20) as done:  # one request in twenty
+        train_blip(config)
+    assert done["failed"] >= 10
     records = [json.loads(line) for line in storage.read_bytes(f"{ROOT}/run/metrics.jsonl").decode().splitlines()]
     assert [(r["step"], r["batch_digest"], r["loss"]) for r in records if "loss" in r] == curve(undisturbed.out)
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from conftest import samples_of
 
-from raycap.shards import parse_samples, read_manifest
+from raycap.shards import read_manifest
 
 LONG = "/endless" * 40
 NASTY = (
@@ -34,12 +35,9 @@ def write(folder: Path, name: str, content: Any) -> None:
 
 
 def rows_of(shards: str) -> list[dict[str, Any]]:
-    manifest = read_manifest(shards)
-    data = [Path(shards, shard.shard).read_bytes() for shard in manifest.shards]
-    samples = [sample for shard in data for sample in parse_samples(shard)]
     return [
         {"key": s.key, "caption": f"a guess {i}", "references": s.captions, "cider": i / 4, "error_kind": None}
-        for i, s in enumerate(samples)
+        for i, s in enumerate(samples_of(shards))
     ]
 
 
@@ -47,7 +45,7 @@ def write_run(folder: Path, shards: str, rows: list[dict[str, Any]]) -> str:
     """A run folder with every part; the evaluation is of these rows."""
     write(folder, "config.json", {"train_shards": "/data/train", "lr": 1e-3, "prompt": ""})
     train = {"num_steps": 200, "best_step": 200, "wall_s": 61.5, "resumed_from": [40]}
-    write(folder, "train.json", train | {"skipped_by_kind": {"corrupt": 2}, "skipped_keys": ["bad-one", "bad-two"]})
+    write(folder, "train.json", train | {"skipped_by_kind": {"corrupt": 2}, "skipped_keys": {"bad-one": "corrupt", "bad-two": "corrupt"}})
     write(folder, "metrics.jsonl", [*STEPS, *VALIDATIONS])
     scores = {
         "metrics": {"bleu_4": 0.25, "cider": 1.2346},

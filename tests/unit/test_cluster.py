@@ -201,7 +201,7 @@ def test_the_cluster_for_training_holds_what_the_command_asks_for(job_module: Mo
     config = parse_job(job_module, shlex.split(read("rayjob-train.yaml")["spec"]["entrypoint"]))
     assert config.device == "cuda"
     assert capacity("rayjob-train.yaml", "nvidia.com/gpu") == config.num_workers
-    assert capacity("rayjob-train.yaml", "cpu") >= config.num_workers * (config.cpus_per_worker + config.cpus_for_data)
+    assert capacity("rayjob-train.yaml", "cpu") >= config.num_workers * (config.cpus_per_worker + 1)
 
 
 def test_the_cluster_for_captions_holds_what_the_command_asks_for(job_module: ModuleType) -> None:

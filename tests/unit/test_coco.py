@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from raycap.datasets.coco import CocoRead, read_coco
+from raycap.datasets.coco import read_coco
+from raycap.datasets.dataset import DatasetRead
 from raycap.errors import StorageError, UserError
 
 IMAGES = [{"id": 7, "file_name": "b.jpg"}, {"id": 3, "file_name": "part/a.png"}]
@@ -18,7 +19,7 @@ CAPTIONS = [
 
 def read(
     folder: Path, images: Any = IMAGES, annotations: Any = CAPTIONS, files: tuple[str, ...] | None = None
-) -> CocoRead:
+) -> DatasetRead:
     """Writes a data set with those entries and empty image files (all that are named, by default), and reads it."""
     for name in [str(image["file_name"]) for image in images if "file_name" in image] if files is None else files:
         path = folder / "images" / name
@@ -46,6 +47,12 @@ def test_what_is_skipped_is_counted_by_reason(tmp_path: Path) -> None:
     ]
     result = read(tmp_path, images, annotations)
     assert [sample.key for sample in result.samples] == ["b", "part/a"]
+    assert result.skipped_keys == [
+        ("99", "annotation of an unknown image"),
+        ("part/a", "annotation without caption"),
+        ("part/a", "annotation without caption"),
+        ("silent", "image without captions"),
+    ]
     assert result.skipped == {
         "annotation without caption": 2,
         "annotation of an unknown image": 1,
@@ -66,6 +73,26 @@ def test_files_beside_the_named_images_and_images_that_are_not_used_do_not_matte
     assert len(read(tmp_path, images, files=("b.jpg", "part/a.png", "other.txt")).samples) == 2
 
 
+def test_a_file_name_that_is_not_utf8_beside_the_images_does_not_matter(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / os.fsdecode(b"images/caf\xe9.jpg")).touch()
+    assert len(read(tmp_path).samples) == 2
+
+
+def test_a_caption_that_is_no_unicode_is_counted(tmp_path: Path) -> None:
+    annotations = [*CAPTIONS, {"id": 16, "image_id": 3, "caption": "half \ud83d a pair"}]
+    result = read(tmp_path, annotations=annotations)
+    assert result.skipped == {"annotation without caption": 1}
+
+
+def test_the_listed_keys_are_the_first_hundred_of_the_keys_whatever_the_order_of_the_file(tmp_path: Path) -> None:
+    silent = [{"id": 100 + i, "file_name": f"{i:03d}.jpg"} for i in range(150)]
+    for images in ([*IMAGES, *silent], [*reversed(silent), *IMAGES]):
+        result = read(tmp_path, images)
+        assert result.skipped == {"image without captions": 150}
+        assert result.skipped_keys == [(f"{i:03d}", "image without captions") for i in range(100)]
+
+
 def test_missing_image_files_are_counted_and_the_first_three_are_named(tmp_path: Path) -> None:
     images = [{"id": i, "file_name": f"{i}.jpg"} for i in range(6)]
     annotations = [{"id": i, "image_id": i, "caption": "a dog"} for i in range(6)]
@@ -84,7 +111,7 @@ def test_missing_image_files_are_counted_and_the_first_three_are_named(tmp_path:
         (b"\xff\xfe\xfa", "JSON is broken"),
         (b"[]", "it holds list"),
         (b'{"images": {}, "annotations": []}', "an object with the keys ['annotations', 'images']"),
-        (b'{"images": [], "annotations": []}', "both lists are empty"),
+        (b'{"images": [], "annotations": []}', "0 images and 0 annotations"),
     ],
 )
 def test_a_file_that_is_no_caption_file_is_refused_with_its_name(tmp_path: Path, content: bytes, says: str) -> None:
@@ -98,7 +125,9 @@ def test_a_file_that_is_no_caption_file_is_refused_with_its_name(tmp_path: Path,
 
 
 def test_an_instances_file_is_refused_with_the_reason(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no image has a caption \(annotation without caption: 1, .*not an instances"):
+    with pytest.raises(
+        UserError, match=r"no image has a caption \(skipped annotation without caption: 1, .*not an instances"
+    ):
         read(tmp_path, annotations=[{"id": 1, "image_id": 3, "bbox": [0, 0, 1, 1]}])
 
 
@@ -110,9 +139,13 @@ def test_an_image_entry_without_id_or_file_name_is_named(tmp_path: Path, entry: 
         read(tmp_path, [*IMAGES, entry], files=())
 
 
-def test_two_images_of_one_key_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"'b.jpg' and 'b.png' in .* share the key 'b'"):
-        read(tmp_path, [*IMAGES, {"id": 8, "file_name": "./b.png"}])
+def test_two_images_of_one_key_are_both_read_because_packing_counts_the_second(tmp_path: Path) -> None:
+    annotations = [*CAPTIONS, {"id": 16, "image_id": 8, "caption": "another"}]
+    samples = read(tmp_path, [*IMAGES, {"id": 8, "file_name": "./b.png"}], annotations).samples
+    assert [(sample.key, sample.url.rpartition("/")[2]) for sample in samples if sample.key == "b"] == [
+        ("b", "b.jpg"),
+        ("b", "b.png"),
+    ]
 
 
 def test_an_image_id_that_occurs_twice_is_refused(tmp_path: Path) -> None:

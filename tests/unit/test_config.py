@@ -17,7 +17,7 @@ POSITIVE = [
     "captions_per_image",
     "num_workers",
     "cpus_per_worker",
-    "cpus_for_data",
+    "run_length",
     "eval_every",
     "eval_images",
     "max_new_tokens",

@@ -1,5 +1,7 @@
 """raycap/image.py: every kind of image file becomes the pixels a viewer shows, and bad ones an ImageError with a kind."""
 
+import io
+import os
 import random
 import subprocess
 import sys
@@ -7,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
+from cykooz_resizer import Resizer
 from nasty import Nasty, encode, nasty_files, photo, png
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 from transformers import BlipImageProcessorPil
 
 from raycap.errors import ErrorKind, ImageError
@@ -20,6 +24,7 @@ from raycap.image import (
     PLUGINS,
     UNEXPECTED,
     decode_image,
+    load_rgb,
     normalize,
     prepare_bytes,
     prepare_image,
@@ -153,6 +158,191 @@ def test_the_content_decides_and_trailing_bytes_do_not_matter() -> None:
     assert np.array_equal(decode_image(encode(image) + b"appended by a camera"), np.asarray(image))
 
 
+# ---- JPEG, which another library decodes
+
+
+def by_pillow(data: bytes) -> np.ndarray | str:
+    """The pixels as Pillow alone decodes a file, or what it says of it."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            image.load()
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except Exception as error:
+        return str(error)
+
+
+def assert_as_by_pillow(data: bytes) -> str:
+    """Returns what became of the file: "decoded" or the kind of its error."""
+    expected = by_pillow(data)
+    try:
+        decoded = decode_image(data)
+    except ImageError as error:
+        if error.kind in (ErrorKind.BAD_DIMENSIONS, ErrorKind.TOO_MANY_PIXELS):
+            return error.kind
+        if not isinstance(expected, str):
+            pytest.fail(f"Pillow decodes what is refused here: {error}")
+        if expected not in str(error) and "cannot identify" not in expected:
+            pytest.fail(f"Pillow says {expected!r}, not {str(error)!r}")
+        return error.kind
+    assert not isinstance(expected, str), f"Pillow refuses it: {expected}"
+    assert np.array_equal(decoded, expected)
+    return "decoded"
+
+
+@pytest.mark.parametrize("size", [(64, 48), (65, 47), (17, 33), (2, 2), (3, 200)], ids=str)
+@pytest.mark.parametrize("subsampling", ["444", "422", "420", "440", "411", "Gray"])
+def test_a_jpeg_of_any_subsampling_has_the_pixels_that_pillow_decodes(subsampling: str, size: tuple[int, int]) -> None:
+    for quality in (30, 75, 90, 100):
+        pixels = np.asarray(photo(*size, seed=quality))
+        pixels = (
+            pixels if subsampling != "Gray" else np.asarray(Image.fromarray(pixels).convert("L"))[:, :, None].copy()
+        )
+        space = "GRAY" if subsampling == "Gray" else "RGB"
+        data = simplejpeg.encode_jpeg(
+            np.ascontiguousarray(pixels), quality, colorspace=space, colorsubsampling=subsampling
+        )
+        assert assert_as_by_pillow(data) == "decoded"
+        again = encode(Image.open(io.BytesIO(data)), "JPEG", quality="keep", progressive=True)
+        assert assert_as_by_pillow(again) == "decoded"
+
+
+JPEG_KINDS = {
+    "baseline": {},
+    "progressive": {"progressive": True},
+    "restart markers": {"restart_marker_blocks": 2},
+    "restart rows, progressive": {"restart_marker_rows": 1, "progressive": True},
+    "optimised, no subsampling": {"optimize": True, "subsampling": 0},
+    "RGB, not YCbCr": {"keep_rgb": True},
+    "with a comment and a profile": {"comment": b"x" * 999, "icc_profile": b"profile" * 2000},
+}
+
+
+@pytest.mark.parametrize("options", JPEG_KINDS.values(), ids=JPEG_KINDS.keys())
+def test_a_jpeg_of_any_kind_is_decoded_without_pillows_decoder_and_to_its_pixels(
+    options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for mode in ("RGB", "L"):
+        for orientation in range(1, 9):
+            exif = Image.Exif()
+            exif[0x0112] = orientation
+            data = encode(photo(61, 40).convert(mode), "JPEG", quality=90, exif=exif, **options)
+            expected = by_pillow(data)
+            with monkeypatch.context() as context:
+                context.delattr(ImageFile.ImageFile, "load")
+                decoded = decode_image(data)
+            assert np.array_equal(decoded, expected)
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "MPO"])
+def test_other_jpegs_are_left_to_pillow(mode: str) -> None:
+    if mode == "MPO":
+        data = encode(photo(), "MPO", save_all=True, append_images=[photo(seed=3)])
+    else:
+        data = encode(photo().convert(mode), "JPEG")
+    assert assert_as_by_pillow(data) == "decoded"
+
+
+@pytest.mark.parametrize("options", JPEG_KINDS.values(), ids=JPEG_KINDS.keys())
+def test_damaged_jpegs_have_the_pixels_or_the_error_of_pillow(options: dict[str, object]) -> None:
+    rng = random.Random(4)
+    whole = encode(photo(48, 40), "JPEG", **options)
+    outcomes = [assert_as_by_pillow(whole[:length]) for length in range(2, len(whole), max(1, len(whole) // 60))]
+    for _ in range(150):
+        data = bytearray(whole)
+        for _ in range(rng.choice((1, 1, 2, 5))):
+            place = rng.randrange(len(data))
+            match rng.randrange(4):
+                case 0:
+                    data[place] ^= 1 << rng.randrange(8)
+                case 1:
+                    data[place] = rng.choice((0, 0xFF, 0xD9, 0xDA, 0xC0))
+                case 2:
+                    del data[place : place + rng.randrange(1, 40)]
+                case 3:
+                    data[place:place] = rng.choice((b"\xff\xd9", b"\xff\xd0", rng.randbytes(3)))
+        outcomes.append(assert_as_by_pillow(bytes(data)))
+    assert {"decoded", "truncated"} <= set(outcomes)
+
+
+def test_a_jpeg_with_two_headers_cannot_claim_one_size_and_be_decoded_at_another() -> None:
+    small, large = encode(photo(32, 16), "JPEG"), encode(photo(320, 160), "JPEG")
+    frame = large.index(b"\xff\xc0")
+    end = frame + 2 + int.from_bytes(large[frame + 2 : frame + 4], "big")
+    before = small.index(b"\xff\xc0")
+    for data in (small[:before] + large[frame:end] + small[before:], small[:2] + large[frame:end] + small[2:]):
+        assert_as_by_pillow(data)
+
+
+# ---- JPEG at a fraction of its size
+
+
+def soft_photo(width: int, height: int) -> Image.Image:
+    """Like a camera's image, which has little in single pixels."""
+    return photo(40, 30).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize(
+    ("size", "at_least", "decoded"),
+    [
+        ((1200, 900), 100, (150, 113)),  # 1/8, rounded up
+        ((1200, 900), 113, (150, 113)),
+        ((1200, 900), 114, (300, 225)),  # 1/4
+        ((1200, 900), 300, (450, 338)),  # 3/8
+        ((1200, 900), 450, (600, 450)),  # 1/2
+        ((1200, 900), 451, (1200, 900)),
+        ((640, 480), 384, (640, 480)),  # 7/8 would do, but costs more than all of it
+        ((100, 80), 384, (100, 80)),
+    ],
+)
+def test_a_jpeg_is_decoded_at_the_smallest_fraction_that_is_large_enough(
+    size: tuple[int, int], at_least: int, decoded: tuple[int, int]
+) -> None:
+    data = encode(soft_photo(*size), "JPEG", quality=90)
+    image = load_rgb(data, at_least)
+    assert (image.mode, image.size) == ("RGB", decoded)
+    assert load_rgb(data).size == size
+    nearby = np.asarray(load_rgb(data).resize(decoded, Image.Resampling.BOX)).astype(int)
+    assert np.abs(np.asarray(image).astype(int) - nearby).mean() < 2
+
+
+def test_only_jpegs_are_decoded_at_a_fraction() -> None:
+    for image, format_name in ((photo(400, 300), "PNG"), (photo(400, 300).convert("CMYK"), "JPEG")):
+        data = encode(image, format_name)
+        assert load_rgb(data, 20).size == (400, 300)
+        exact, fast = (prepare_bytes(data, ImageSpec(size=20, decode=decode)) for decode in ("exact", "fast"))
+        assert np.array_equal(exact.pixels, fast.pixels)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_fast_preparation_is_close_to_exact_and_says_the_size_of_the_whole_image(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(soft_photo(1203, 901), "JPEG", quality=90, exif=exif)
+    exact, fast = (prepare_bytes(data, ImageSpec(size=96, decode=decode)) for decode in ("exact", "fast"))
+    size = (901, 1203) if orientation == 6 else (1203, 901)
+    assert (fast.width, fast.height) == (exact.width, exact.height) == size
+    difference = np.abs(fast.pixels.astype(int) - exact.pixels).mean()
+    assert 0 < difference < 2
+    cut = data[: len(data) * 2 // 3]
+    errors = []
+    for decode in ("exact", "fast"):
+        with pytest.raises(ImageError) as caught:
+            prepare_bytes(cut, ImageSpec(size=96, decode=decode))
+        errors.append((caught.value.kind, str(caught.value)))
+    assert errors[0] == errors[1]
+    assert errors[0][0] == ErrorKind.TRUNCATED
+
+
+def test_how_an_image_is_decoded_is_stored_and_was_exact_before_it_was() -> None:
+    spec = ImageSpec(size=8, decode="fast")
+    assert ImageSpec.from_dict(spec.to_dict()) == spec
+    stored = ImageSpec(size=8).to_dict()
+    del stored["decode"]
+    assert ImageSpec.from_dict(stored).decode == "exact"
+    with pytest.raises(ValueError, match="an image is decoded 'exact' or 'fast', not 'quick'; give one of the two"):
+        ImageSpec.from_dict(spec.to_dict() | {"decode": "quick"})
+
+
 # ---- what is refused
 
 
@@ -266,8 +456,8 @@ def test_memory_that_runs_out_is_an_error_of_its_own_wherever_it_does(
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encode(photo(), exif=exif)
-    monkeypatch.setattr(PLUGINS[1].PngImageFile, where, fail)
-    monkeypatch.setattr(Image.Image, where, fail)
+    for owner in (PLUGINS[1].PngImageFile, Image.Image) if where != "resize" else (Resizer,):
+        monkeypatch.setattr(owner, where, fail)
     with pytest.raises(ImageError, match="there is not enough memory") as caught:
         prepare_bytes(data, ImageSpec(size=8))
     assert caught.value.kind == ErrorKind.DECODER_MEMORY
@@ -348,7 +538,7 @@ def test_a_prepared_image_is_a_bicubic_square_with_channels_first() -> None:
     assert (prepared.shape, prepared.dtype) == ((3, 32, 32), np.uint8)
     assert prepared.flags.c_contiguous
     expected = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-    assert np.array_equal(prepared, expected)
+    assert np.abs(prepared.astype(int) - expected).max() <= 1
     small = np.asarray(photo(32, 32))
     assert np.array_equal(prepare_image(small, ImageSpec(size=32)), small.transpose(2, 0, 1))
 
@@ -368,8 +558,8 @@ def test_arrays_that_are_no_rgb_image_are_image_errors() -> None:
 
 @pytest.mark.parametrize(("width", "height", "size"), [(640, 480, 384), (427, 640, 384), (64, 64, 96), (32, 32, 32)])
 def test_pixel_values_equal_those_of_the_published_processor(width: int, height: int, size: int) -> None:
-    """Both resize with Pillow on uint8, so only the rounding of the normalisation differs: 1e-5, where one grey level is
-    0.015. The torchvision-backed processor resizes by other code, off by a level or two; BLIP was trained with Pillow.
+    """Within one grey level, 0.015, and nearly all within the rounding of the normalisation. The torchvision-backed
+    processor resizes by other code, off by a level or two; BLIP was trained with Pillow.
     """
     image = photo(width, height, seed=1)
     published = BlipImageProcessorPil(size={"height": size, "width": size})
@@ -379,4 +569,49 @@ def test_pixel_values_equal_those_of_the_published_processor(width: int, height:
     prepared = prepare_image(decode_image(encode(image)), spec)
     ours = normalize(torch.from_numpy(prepared)[None], spec)
     assert ours.dtype == torch.float32
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    difference = (ours - expected).abs()
+    assert difference.max() < 1.001 / 255 / min(spec.std)
+    assert (difference > 1e-5).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("size", [24, 96, 384])
+def test_resized_pixels_are_within_one_level_of_pillows(size: int) -> None:
+    """Noise of black and white is the worst case: every sum overshoots."""
+    rng = np.random.default_rng(3)
+    for width, height in (
+        (size, size),
+        (size, 50),
+        (31, size),
+        (200, 300),
+        (300, 201),
+        (97, 500),
+        (640, 480),
+        (2, 150),
+    ):
+        extremes = rng.integers(0, 2, (height, width, 3), np.uint8) * np.uint8(255)
+        for image in (photo(width, height), soft_photo(width, height), Image.fromarray(extremes)):
+            prepared = prepare_image(np.asarray(image), ImageSpec(size=size))
+            expected = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+            difference = np.abs(prepared.astype(int) - expected)
+            assert difference.max() <= 1, (width, height)
+            assert (difference > 0).mean() < 0.02, (width, height)
+
+
+def test_large_images_are_resized_by_pillow_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = photo(60, 50)
+    expected = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    monkeypatch.setattr("raycap.image.MAX_VECTOR_PIXELS", 60 * 50 - 1)
+    assert np.array_equal(prepare_image(np.asarray(image), ImageSpec(size=32)), expected)
+
+
+def test_the_coco_sample_has_the_pixels_of_the_published_processor() -> None:
+    folder = os.environ.get("RAYCAP_TEST_COCO")
+    if not folder:
+        pytest.skip("RAYCAP_TEST_COCO names no folder of COCO images")
+    files = sorted(Path(folder).rglob("*.jpg"))
+    assert files
+    published = BlipImageProcessorPil(do_rescale=False, do_normalize=False)
+    for file in files:
+        expected = published(Image.open(file).convert("RGB"), return_tensors="np")["pixel_values"][0]
+        exact = prepare_bytes(file.read_bytes(), ImageSpec(size=384)).pixels
+        assert np.abs(exact.astype(int) - np.asarray(expected).astype(int)).max() <= 1, file.name

@@ -23,6 +23,7 @@ from raycap.data.batch import Batch, Source, iterate_local
 from raycap.errors import TrainingError
 from raycap.image import normalize
 from raycap.models.blip import Blip
+from raycap.shards import Manifest, read_manifest
 from raycap.text import load_tokenizer
 from raycap.training import loop
 from raycap.training.engine import PlainEngine
@@ -49,13 +50,14 @@ def config_of(demo: Demo, **changes: Any) -> TrainConfig:
             "log_every": 1,
             "eval_every": 1000,
             "checkpoint_every": 1000,
+            "max_error_rate": 1.0,
         }
         | changes
     )
 
 
-def data_of(demo: Demo, root: str = "") -> Source:
-    source = source_of(demo, root or demo.train)
+def data_of(demo: Demo) -> Source:
+    source = source_of(demo)
     return replace(source, image=replace(source.image, size=32))
 
 
@@ -87,6 +89,7 @@ class Run:
     engine: RecordingEngine
     config: TrainConfig
     source: Source
+    manifest: Manifest
     position: Position = field(default_factory=Position)
     ciders: list[float] = field(default_factory=list)
     calls: list[tuple[str, int]] = field(default_factory=list)
@@ -94,10 +97,10 @@ class Run:
     on_save: Callable[[Position], None] = lambda _: None
 
     def train(self, num_steps: int, batches: Iterator[Batch] | None = None) -> "Run":
-        plan = plan_of(self.source, self.config.global_batch_size)
+        plan = plan_of(self.manifest, self.config.global_batch_size)
         train(
             self.engine,
-            batches or iterate_local(plan, self.source, self.position.step, num_steps),
+            batches or iterate_local(plan, self.manifest, self.source, self.position.step, num_steps),
             config=self.config,
             image=self.source.image,
             position=self.position,
@@ -123,7 +126,9 @@ class Run:
 
 def run_of(demo: Demo, *, model: Blip | None = None, root: str = "", **changes: Any) -> Run:
     config = config_of(demo, **changes)
-    return Run(RecordingEngine(model or model_of(demo), config), config, data_of(demo, root))
+    return Run(
+        RecordingEngine(model or model_of(demo), config), config, data_of(demo), read_manifest(root or demo.train)
+    )
 
 
 # ---- what a step computes
@@ -138,13 +143,13 @@ def test_the_loss_falls(demo: Demo) -> None:
 
 def test_loss_and_gradients_are_those_of_the_plain_definition(demo: Demo) -> None:
     """By hand, one caption at a time through transformers' BLIP: token losses summed, divided by the number of tokens."""
-    source = data_of(demo)
+    source, manifest = data_of(demo), read_manifest(demo.train)
     model = model_of(demo)
     published = BlipForConditionalGeneration(
         tiny_blip_config(vocab_size=load_tokenizer(demo.tokenizer).get_vocab_size())
     )
     published.load_state_dict(model.state_dict())
-    (batch,) = iterate_local(plan_of(source, 8), source, 0, 1)
+    (batch,) = iterate_local(plan_of(manifest, 8), manifest, source, 0, 1)
     total, num_tokens = torch.zeros(()), 0
     for pixels, rows in zip(batch.pixel_values, batch.labels, strict=True):
         pixel_values = normalize(torch.tensor(pixels[None]), source.image)
@@ -186,7 +191,7 @@ def test_an_engine_that_averages_gets_a_loss_scaled_to_undo_it(demo: Demo) -> No
     config = config_of(demo)
     averaging = Averaging(model_of(demo), config)
     averaging.grad_divisor = 6
-    run = Run(averaging, config, data_of(demo)).train(1)
+    run = Run(averaging, config, data_of(demo), read_manifest(demo.train)).train(1)
     expected = run_of(demo).train(1)
     assert run.of("loss") == expected.of("loss")
     for name, gradient in expected.engine.gradients[0].items():
@@ -197,7 +202,7 @@ def test_gradients_are_clipped_once_per_step_at_their_norm(demo: Demo) -> None:
     config = config_of(demo, clip_norm=0.01, warmup_steps=0)
     model = model_of(demo)
     before = copy.deepcopy(model)
-    run = Run(RecordingEngine(model, config), config, data_of(demo)).train(1)
+    run = Run(RecordingEngine(model, config), config, data_of(demo), read_manifest(demo.train)).train(1)
     # What plain PyTorch does with the very gradients.
     norm = torch.sqrt(sum((g**2).sum() for g in run.engine.gradients[0].values()))
     assert norm > 0.1
@@ -213,21 +218,32 @@ def test_gradients_are_clipped_once_per_step_at_their_norm(demo: Demo) -> None:
 
 
 def test_the_losses_do_not_depend_on_the_rows_of_bad_images(demo: Demo, tmp_path: Path) -> None:
-    """A bad image weighs what an image without captions weighs: nothing."""
+    """A bad image weighs nothing, whatever is in its place."""
     samples = samples_of(demo.train)
     bad = {i: replace(samples[i], image=samples[i].image[:-500] if i % 2 else b"<html>") for i in range(0, 96, 7)}
-    silent = {i: replace(samples[i], captions=()) for i in bad}
+    other = {i: replace(samples[i], image=b"") for i in bad}
     runs = [
-        run_of(demo, root=pack(str(tmp_path / name), [changed.get(i, s) for i, s in enumerate(samples)])).train(12)
-        for name, changed in (("bad", bad), ("silent", silent))
+        run_of(demo, root=pack(str(tmp_path / name), [changed.get(i, s) for i, s in enumerate(samples)]))
+        for name, changed in (("bad", bad), ("other", other))
     ]
-    assert runs[0].of("loss") == pytest.approx(runs[1].of("loss"), rel=1e-5)
+    model, source, manifest = model_of(demo), data_of(demo), runs[0].manifest
+    for run in runs:
+        run.train(12)
+    assert runs[0].of("loss") == runs[1].of("loss")
     assert runs[0].of("batch_digest") == runs[1].of("batch_digest")
     assert runs[0].position.skipped == {"truncated": 7, "not_an_image": 7}
+    assert runs[1].position.skipped == {"empty": 14}
     assert sorted(runs[0].position.skipped_keys) == sorted(sample.key for sample in bad.values())
-    assert runs[1].position.skipped == {}
-    whole = run_of(demo).train(1)
-    assert whole.of("loss")[0] != runs[0].of("loss")[0]
+    # The good rows of the first batch that has bad ones, alone.
+    step, batch = next(
+        (batch.step, batch) for batch in iterate_local(plan_of(manifest, 8), manifest, source, 0, 12) if batch.errors
+    )
+    good = torch.tensor([key not in dict(batch.errors) for key in batch.keys])
+    pixel_values = normalize(torch.tensor(batch.pixel_values)[good], source.image)
+    labels = torch.tensor(batch.labels)[good].flatten(0, 1)
+    fresh = run_of(demo, model=model, root=manifest.root, lr=1e-30).train(step + 1)
+    loss, num_tokens = model(pixel_values, torch.tensor(batch.input_ids)[good].flatten(0, 1), labels)
+    assert fresh.of("loss")[step] == pytest.approx(float((loss / num_tokens).detach()), rel=1e-5)
 
 
 def test_a_global_batch_of_bad_images_alone_has_loss_zero_and_does_not_stop_the_run(demo: Demo, tmp_path: Path) -> None:
@@ -270,8 +286,8 @@ def test_a_run_resumed_from_its_saved_state_repeats_losses_and_batches_exactly(d
 
 def test_dropout_differs_between_steps_and_seeds(demo: Demo) -> None:
     """On one and the same batch with a learning rate of nothing, only dropout changes the loss."""
-    source = data_of(demo)
-    (batch,) = iterate_local(plan_of(source, 8), source, 0, 1)
+    source, manifest = data_of(demo), read_manifest(demo.train)
+    (batch,) = iterate_local(plan_of(manifest, 8), manifest, source, 0, 1)
 
     def losses(seed: int) -> list[float]:
         run = run_of(demo, model=model_of(demo, dropout=0.3), seed=seed, lr=1e-30, weight_decay=0.0)
@@ -361,8 +377,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_move(demo: D
 
     config = config_of(demo, checkpoint_every=1)
     source = data_of(demo)
-    run = Run(Failing(model_of(demo), config), config, source)
-    (batch,) = iterate_local(plan_of(source, 8), source, 3, 4)
+    run = Run(Failing(model_of(demo), config), config, source, read_manifest(demo.train))
+    (batch,) = iterate_local(plan_of(read_manifest(demo.train), 8), read_manifest(demo.train), source, 3, 4)
     weights: dict[str, Tensor] = {}
     run.on_save = lambda _: weights.update(run.engine.weights())
     with pytest.raises(TrainingError) as caught:
@@ -378,10 +394,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_move(demo: D
 
 def test_a_weight_that_became_nan_is_noticed_at_the_next_step(demo: Demo) -> None:
     run = run_of(demo)
-    source = run.source
 
     def batches() -> Iterator[Batch]:
-        for batch in iterate_local(plan_of(source, 8), source, 0, 5):
+        for batch in iterate_local(plan_of(run.manifest, 8), run.manifest, run.source, 0, 5):
             if batch.step == 3:
                 with torch.no_grad():
                     run.engine.module.vision_model.post_layernorm.weight[0] = math.nan
@@ -395,7 +410,7 @@ def test_a_weight_that_became_nan_is_noticed_at_the_next_step(demo: Demo) -> Non
 def test_a_batch_of_another_step_is_our_own_fault_and_asserted(demo: Demo) -> None:
     run = run_of(demo)
     with pytest.raises(AssertionError):
-        run.train(5, iterate_local(plan_of(run.source, 8), run.source, 1, 5))
+        run.train(5, iterate_local(plan_of(run.manifest, 8), run.manifest, run.source, 1, 5))
 
 
 # ---- what is reported
@@ -411,12 +426,32 @@ def test_a_digest_is_of_the_set_of_keys_however_ranks_share_them() -> None:
     assert 2**loop.DIGEST_BITS * 8192 <= 2**53
 
 
-def test_skipped_images_are_counted_all_but_only_a_hundred_are_named() -> None:
-    position = Position(skipped={"empty": 1}, skipped_keys=["x"])
-    count_skipped(position, [(("x", "empty"), ("y", "corrupt")), (), tuple((f"k{i}", "corrupt") for i in range(200))])
-    assert position.skipped == {"empty": 2, "corrupt": 201}
-    assert len(position.skipped_keys) == 100
-    assert position.skipped_keys[:3] == ["x", "y", "k0"]
+def test_skipped_samples_are_counted_all_but_only_the_first_are_named() -> None:
+    position = Position(skipped={"empty": 1}, skipped_keys={"x": "empty"})
+    many = tuple((f"k{i}", "corrupt") for i in range(1500))
+    count_skipped(position, [(("x", "empty"), ("y", "corrupt")), (), many])
+    assert position.skipped == {"empty": 2, "corrupt": 1501}
+    assert len(position.skipped_keys) == loop.MAX_SKIPPED_KEYS
+    assert list(position.skipped_keys.items())[:3] == [("x", "empty"), ("y", "corrupt"), ("k0", "corrupt")]
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.05, 0.13])
+def test_more_bad_samples_than_the_rate_allows_end_the_run_and_fewer_do_not(
+    demo: Demo, tmp_path: Path, rate: float
+) -> None:
+    samples = samples_of(demo.train)
+    bad = {i: replace(samples[i], image=b"<html>") for i in range(0, 96, 8)}  # one in eight
+    root = pack(str(tmp_path), [bad.get(i, s) for i, s in enumerate(samples)])
+    run = run_of(demo, root=root, max_error_rate=rate, epochs=2)
+    if rate > 0.125:
+        run.train(24)
+        assert run.position.skipped == {"not_an_image": 24}
+    else:
+        with pytest.raises(TrainingError, match=r"samples of 1 epochs could not be used by step \d+ \(not_an_image: "):
+            run.train(24)
+        assert sum(run.position.skipped.values()) > rate * 96
+        assert run.position.step < 12  # it is known before the epoch ends
+    assert all(key in {s.key for s in bad.values()} for key in run.position.skipped_keys)
 
 
 def test_the_stopwatch_tells_rates_without_pauses_and_the_share_of_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,15 +461,25 @@ def test_the_stopwatch_tells_rates_without_pauses_and_the_share_of_waiting(monke
     with watch.waiting():
         now += 1.0
     now += 3.0
-    watch.add(40, 80)
+    watch.add(40, 80, 0.9)
+    for _ in range(3):
+        watch.add(0, 0, 0.5)
     with watch.paused():
         now += 1000.0
     assert watch.read(14) == {
         "images_per_s": 10.0,
         "captions_per_s": 20.0,
         "data_wait_percent": 25.0,
+        "padding_percent": 40.0,  # the mean of four steps
         "eta_s": 36,  # a second a step
     }
     now += 2.0
-    watch.add(40, 40)
-    assert watch.read(18) == {"images_per_s": 20.0, "captions_per_s": 20.0, "data_wait_percent": 0.0, "eta_s": 16}
+    for _ in range(4):
+        watch.add(10, 10, 1.0)
+    assert watch.read(18) == {
+        "images_per_s": 20.0,
+        "captions_per_s": 20.0,
+        "data_wait_percent": 0.0,
+        "padding_percent": 0.0,
+        "eta_s": 16,
+    }

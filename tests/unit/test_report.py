@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Demo, pack
+from conftest import Demo, pack, samples_of
 from PIL import Image
 from run_folder import SHOWN, poison_run, rows_of, write, write_run
 
@@ -21,7 +21,7 @@ from raycap.report.chart import Chart, Curve, log_ticks, plot, ticks, training_c
 from raycap.report.page import render, visible
 from raycap.report.read import read_report
 from raycap.schema import Sample
-from raycap.shards import parse_samples, read_manifest
+from raycap.shards import read_manifest
 
 
 class Page(HTMLParser):
@@ -233,22 +233,25 @@ def test_images_come_with_single_reads_and_only_from_the_shards_that_were_evalua
         rows[i]["cider"] = 1.0
     run = write_run(tmp_path / "run", shards, rows)
     manifest = read_manifest(shards)
-    for number, shard in enumerate(manifest.shards):  # everything but the chosen samples is destroyed
-        data = bytearray(b"\xff" * shard.num_bytes)
-        original = Path(shards, shard.shard).read_bytes()
+    for number, name in enumerate(manifest.shards):  # everything but the chosen samples is destroyed
+        original = Path(shards, name).read_bytes()
+        data = bytearray(b"\xff" * len(original))
         for at, i in map(manifest.locate, chosen):
             if at == number:
-                data[shard.offsets[i] : shard.offsets[i + 1]] = original[shard.offsets[i] : shard.offsets[i + 1]]
-        Path(shards, shard.shard).write_bytes(data)
+                (start, stop), _ = manifest.places(number, i, i + 1)
+                data[start:stop] = original[start:stop]
+        Path(shards, name).write_bytes(data)
     report = read_report(run)
     assert report.notes == ()
     assert {image.key for image in report.galleries["Best"]} == {samples[i].key for i in chosen}
     assert all(image.thumbnail for image in report.galleries["Best"])
 
-    Path(shards, manifest.shards[0].shard).write_bytes(b"\xff" * manifest.shards[0].num_bytes)
+    Path(shards, manifest.shards[0]).write_bytes(b"\xff" * int(manifest.num_bytes[0]))
     report = read_report(run)
     assert len(report.notes) == 1
-    assert report.notes[0].startswith(f"The image {samples[3].key} is not shown: cannot read")
+    assert report.notes[0].startswith(
+        f"The image {samples[3].key} is not shown: the bytes of sample 'shard-00000.tar[3]'"
+    )
     assert Page(render(report)).text.count("image not shown") == 3
 
     metrics = json.loads(Path(run, "metrics.json").read_text())
@@ -256,11 +259,6 @@ def test_images_come_with_single_reads_and_only_from_the_shards_that_were_evalua
     assert "no longer those that were evaluated" in read_report(run).notes[0]
     write(Path(run), "metrics.json", metrics | {"shards": str(tmp_path / "gone")})
     assert "there is no 'manifest.parquet'" in read_report(run).notes[0]
-
-
-def samples_of(shards: str) -> list[Sample]:
-    manifest = read_manifest(shards)
-    return [s for shard in manifest.shards for s in parse_samples(Path(shards, shard.shard).read_bytes())]
 
 
 def test_sixty_images_of_noise_stay_below_two_megabytes(tmp_path: Path) -> None:

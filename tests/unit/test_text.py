@@ -1,12 +1,14 @@
 import json
 import os
+import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from raycap.errors import CheckpointError
 from raycap.text import (
@@ -58,6 +60,13 @@ def test_a_caption_is_cleaned_as_blip_does_and_only_once(text: str, clean: str) 
 def test_a_caption_may_keep_all_its_words() -> None:
     assert clean_caption("word " * 50, None).count("word") == 50
     assert clean_caption("one two three", 2) == "one two"
+
+
+def test_a_caption_that_is_not_cleaned_keeps_its_case_and_characters_and_loses_only_whitespace() -> None:
+    text = '  A "Dog" (brown);\tran\n fast: #1! '
+    assert clean_caption(text, clean=False) == 'A "Dog" (brown); ran fast: #1!'
+    assert clean_caption(text, 2, clean=False) == 'A "Dog"'
+    assert clean_caption(" \n ", clean=False) == ""
 
 
 def test_special_tokens_have_blips_places(tokenizer: Tokenizer) -> None:
@@ -129,9 +138,113 @@ def test_a_long_caption_loses_its_end_but_not_the_end_token(tokenizer: Tokenizer
 
 
 def test_special_tokens_written_in_a_caption_are_only_text(tokenizer: Tokenizer) -> None:
-    (row,) = tokenize(tokenizer, text_spec(tokenizer), ["a dog [SEP] [PAD]"])
-    assert row.count(3) == 1
-    assert 0 not in row
+    spec = text_spec(tokenizer)
+    for captions in (["a dog [SEP] [PAD]"], ["a dog [SEP] [PAD]"] * 50):  # a few are encoded by another way than many
+        for row in tokenize(tokenizer, spec, captions) + tokenize(tokenizer, replace(spec, clean=False), captions):
+            assert row.count(3) == 1
+            assert 0 not in row
+
+
+def test_the_spec_decides_what_of_a_caption_is_tokenized(tokenizer: Tokenizer) -> None:
+    spec = text_spec(tokenizer, max_tokens=60)
+    caption = " ".join(["dog"] * 40) + "!"
+    for changes, num_dogs in (({}, 30), ({"max_words": None}, 40), ({"max_words": 2}, 2), ({"clean": False}, 30)):
+        (row,) = tokenize(tokenizer, replace(spec, **changes), [caption])
+        assert tokens(tokenizer, row) == ["[DEC]", *["dog"] * num_dogs, "[SEP]"]
+    kept = train_wordpiece(["dog"])  # train_wordpiece cleans, so it knows no character that cleaning removes
+    (row,) = tokenize(kept, replace(text_spec(kept), clean=False), ["Dog!"])
+    assert tokens(kept, row) == ["[DEC]", "dog", "[UNK]", "[SEP]"]
+    assert tokens(kept, tokenize(kept, text_spec(kept), ["Dog!"])[0]) == ["[DEC]", "dog", "[SEP]"]
+
+
+def test_a_spec_without_the_younger_fields_means_blips_cleaning_and_others_are_refused() -> None:
+    older = {"prompt": "", "bos_id": 9, "eos_id": 3, "pad_id": 0, "max_tokens": 40}
+    spec = TextSpec(**older)  # type: ignore[arg-type]
+    assert (spec.clean, spec.max_words) == (True, 30)
+    for changes in ({"max_words": 0}, {"max_words": -1}, {"clean": "no"}, {"clean": None}):
+        with pytest.raises(ValueError, match=r"(max_words|clean) is .* in the text settings"):
+            replace(spec, **changes)
+    with pytest.raises(TypeError, match="mirror"):
+        TextSpec(**older, mirror=True)  # type: ignore[arg-type, call-arg]
+
+
+def drawn_captions(seed: int, count: int) -> list[str]:
+    """Captions as data sets have them and as they do not: empty, of 200 words, of any characters, with tokens' names."""
+    rng = random.Random(seed)
+    words = [word for caption in CAPTIONS for word in caption.split()]
+    words += [
+        "[SEP]",
+        "x[dec]y",
+        "##g",
+        "dog-pizza",
+        "ÉCOLE",
+        "e\u0301",
+        "狗",
+        "\u200b",
+        "\x00",
+        "\ufffd",
+        "İ",
+        "ﬁ",
+        "🦉",
+        "a" * 120,
+    ]
+    alphabet = [chr(c) for c in (*range(1, 0x250), *range(0x2000, 0x2070), *range(0x4E00, 0x4E10), 0x1F989, 0x10FFFF)]
+    captions = ["", " ", "...", " ".join(rng.choices(words, k=200))]
+    for _ in range(count - len(captions)):
+        text = " ".join(rng.choices(words, k=rng.randrange(14)))
+        if rng.random() < 0.3:
+            text += "".join(rng.choices(alphabet, k=rng.randrange(12)))
+        captions.append(text)
+    return captions
+
+
+@pytest.mark.parametrize("clean", [True, False])
+@pytest.mark.parametrize(
+    "rules", ["bert", "bert that keeps case", "split at spaces", "bytes", "cut", "a token of two words"]
+)
+def test_many_captions_in_one_call_have_the_ids_they_have_alone(rules: str, clean: bool) -> None:
+    tokenizer = train_wordpiece(CAPTIONS)
+    match rules:
+        case "bert that keeps case":
+            tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
+        case "split at spaces":
+            tokenizer.normalizer = None
+            tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        case "bytes":
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        case "cut":
+            tokenizer.enable_truncation(4)
+        case "a token of two words":
+            tokenizer.add_tokens(["left of"])
+    alone = Tokenizer.from_str(tokenizer.to_str())
+    alone.encode_special_tokens = True  # names of special tokens are text
+    spec = replace(text_spec(tokenizer, max_tokens=400), clean=clean, max_words=None)
+    for seed, count in ((0, 4), (1, 40), (2, 400)):
+        captions = drawn_captions(seed, count)
+        rows = tokenize(tokenizer, spec, captions)
+        assert len(rows) == count
+        for caption, row in zip(captions, rows, strict=True):
+            ids = alone.encode(clean_caption(caption, None, clean=clean), add_special_tokens=False).ids
+            if rules in ("bert", "bert that keeps case", "a token of two words") or "[" not in caption:
+                assert row == [spec.bos_id, *ids[:398], spec.eos_id], caption
+            else:
+                assert not {spec.bos_id, spec.eos_id, 0, 2, 4} & set(row[1:-1]), caption
+    assert tokenize(tokenizer, spec, []) == []
+
+
+def test_tokenizing_thousands_of_captions_starts_no_thread_and_changes_no_environment() -> None:
+    code = (
+        "import os, psutil; from raycap.text import *\n"
+        "tokenizer = train_wordpiece(['a dog']); environment = dict(os.environ)\n"
+        "count = lambda: psutil.Process().num_threads()\n"
+        "before = count(); tokenize(tokenizer, text_spec(tokenizer), ['a dog on a log', 'two'] * 1000)\n"
+        "tokenize(tokenizer, text_spec(tokenizer), [f'a{n} dog{n}' for n in range(1000)])\n"
+        "print(count() - before, environment == dict(os.environ))\n"
+        "tokenizer.encode_batch(['a dog'] * 1000); print(count() > before)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["0", "True", "True"], done.stderr
 
 
 def test_rows_are_padded_on_the_right_and_labels_skip_prompt_and_padding() -> None:

@@ -12,11 +12,13 @@ from test_loop import RecordingEngine, config_of, data_of, model_of
 
 from raycap.captioner import Captioner
 from raycap.checkpoint import CheckpointSpec
-from raycap.data.batch import InOrder, Source, iterate_local
+from raycap.data.batch import Source, iterate_local
 from raycap.image import normalize
 from raycap.metrics.cider import cider
 from raycap.models.blip import Blip
+from raycap.order import InOrder
 from raycap.schema import DecodeSettings
+from raycap.shards import Manifest, read_manifest
 from raycap.text import load_tokenizer
 from raycap.training.validate import Validator
 
@@ -45,21 +47,26 @@ def captioner_of(demo: Demo, model: Blip, source: Source) -> Captioner:
     return Captioner(model, spec)
 
 
-def evaluate(demo: Demo, source: Source, *, global_batch_size: int = 5, micro_batch_size: int = 3) -> dict[str, Any]:
+def in_order(manifest: Manifest, global_batch_size: int) -> InOrder:
+    return InOrder(shard_sizes=manifest.sizes, num_samples=manifest.num_samples, global_batch_size=global_batch_size)
+
+
+def evaluate(demo: Demo, root: str, *, global_batch_size: int = 5, micro_batch_size: int = 3) -> dict[str, Any]:
+    source, manifest = data_of(demo), read_manifest(root)
     model = trained(demo)
     engine = RecordingEngine(model, config_of(demo))
     validator = Validator(engine, captioner_of(demo, model, source), micro_batch_size)
-    order = InOrder(num_samples=source.manifest.num_samples, global_batch_size=global_batch_size)
-    first, second = (validator.evaluate(iterate_local(order, source, 0, order.num_steps)) for _ in range(2))
+    order = in_order(manifest, global_batch_size)
+    first, second = (validator.evaluate(iterate_local(order, manifest, source, 0, order.num_steps)) for _ in range(2))
     assert first == second  # the references' statistics are kept, the scores must not care
     return first
 
 
 def test_loss_and_cider_are_those_of_the_whole_split(demo: Demo) -> None:
-    source = data_of(demo, demo.val)
-    metrics = evaluate(demo, source)
+    source, manifest = data_of(demo), read_manifest(demo.val)
+    metrics = evaluate(demo, demo.val)
     model = trained(demo).eval()
-    (batch,) = iterate_local(InOrder(num_samples=12, global_batch_size=12), source, 0, 1)
+    (batch,) = iterate_local(in_order(manifest, 12), manifest, source, 0, 1)
     pixel_values, input_ids, labels = (torch.tensor(array) for array in next(batch.micro_batches(12)))
     with torch.no_grad():
         loss, num_tokens = model(normalize(pixel_values, source.image), input_ids, labels)
@@ -79,9 +86,8 @@ def test_loss_and_cider_are_those_of_the_whole_split(demo: Demo) -> None:
 
 @pytest.mark.parametrize(("global_batch_size", "micro_batch_size"), [(12, 12), (7, 2), (1, 1)])
 def test_metrics_do_not_depend_on_batches(demo: Demo, global_batch_size: int, micro_batch_size: int) -> None:
-    source = data_of(demo, demo.val)
-    other = evaluate(demo, source, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size)
-    expected = evaluate(demo, source)
+    other = evaluate(demo, demo.val, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size)
+    expected = evaluate(demo, demo.val)
     assert other.pop("val_loss") == pytest.approx(expected.pop("val_loss"), rel=1e-5)
     assert other == expected
 
@@ -90,8 +96,8 @@ def test_bad_images_are_left_out_as_if_they_were_not_in_the_split(demo: Demo, tm
     samples = samples_of(demo.val)
     damaged = [replace(s, image=s.image[:200]) if i in (0, 5) else s for i, s in enumerate(samples)]
     without = [s for i, s in enumerate(samples) if i not in (0, 5)]
-    metrics = evaluate(demo, data_of(demo, pack(str(tmp_path / "damaged"), damaged)))
-    expected = evaluate(demo, data_of(demo, pack(str(tmp_path / "without"), without)))
+    metrics = evaluate(demo, pack(str(tmp_path / "damaged"), damaged))
+    expected = evaluate(demo, pack(str(tmp_path / "without"), without))
     assert metrics["num_val_images"] == 10
     assert metrics.pop("val_loss") == pytest.approx(expected.pop("val_loss"), rel=1e-5)
     assert metrics == expected

@@ -1,0 +1,90 @@
+"""One run, killed three times and gone on with on other numbers of workers: the batches and losses of an undisturbed one."""
+
+import json
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import Demo
+from training_runs import curve, small_run
+
+from raycap.config import TrainConfig
+from raycap.errors import TrainingError, UserError
+from raycap.training.driver import train_blip
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def alone(demo: Demo, ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """The small run on one worker, run to its end: two forward passes to a step, a checkpoint every four steps."""
+    run = small_run(demo, str(tmp_path_factory.mktemp("alone") / "run"))
+    config = replace(run, num_workers=1, micro_batch_size=6, max_failures=0)
+    train_blip(config)
+    return config
+
+
+def test_a_chain_of_1_2_1_3_workers_sees_the_batches_and_losses_of_one_worker(
+    alone: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each link but the last loses a worker between two checkpoints and has no restart left."""
+    first = replace(alone, out=str(tmp_path / "run"))
+    second = replace(first, num_workers=2, micro_batch_size=3)
+    third = replace(first, micro_batch_size=12)
+    last = replace(first, num_workers=3, micro_batch_size=2)
+    for config, step in ((first, 6), (second, 10), (third, 18)):
+        assassin = threading.Thread(target=kill_a_worker_at, args=(config.out, step))
+        assassin.start()
+        with pytest.raises(TrainingError):
+            train_blip(config)
+        assassin.join()
+        assert saved_ranks(config.out) == [config.num_workers]  # and no file of a larger world beside them
+    train_blip(last)
+    assert saved_ranks(last.out) == [3]
+
+    said = capsys.readouterr().out
+    assert "going on with other settings: micro_batch_size 6 -> 3, num_workers 1 -> 2" in said
+    assert "going on with other settings: micro_batch_size 12 -> 2, num_workers 1 -> 3" in said
+    assert said.count("resuming from step") == 3
+    (resumed_from,) = json.loads((Path(last.out) / "train.json").read_text())["resumed_from"]
+    assert resumed_from in (12, 16)  # the last checkpoint counts once Ray's controller has heard of it
+    expected, seen = curve(alone.out), curve(last.out)
+    assert [(step, digest) for step, digest, _ in seen] == [(step, digest) for step, digest, _ in expected]
+    assert [loss for *_, loss in seen] == pytest.approx([loss for *_, loss in expected], abs=1e-5)
+    assert [step for step, *_ in seen] == list(range(1, 25))
+
+
+def test_zero_3_on_other_workers_is_refused_before_any_starts(alone: TrainConfig, tmp_path: Path) -> None:
+    begun = json.loads((Path(alone.out) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(begun | {"out": str(tmp_path), "zero_stage": 3, "num_workers": 2}))
+    since = time.monotonic()
+    with pytest.raises(
+        UserError, match=r"ZeRO 3 state of 2 workers, which cannot be shared out to 3; .*--init-from"
+    ) as error:
+        train_blip(replace(alone, out=str(tmp_path), zero_stage=3, num_workers=3))
+    assert error.value.exit_code == 2
+    assert time.monotonic() - since < 5
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def saved_ranks(out: str) -> list[int]:
+    """How many ranks' files of optimizer state stand in each checkpoint that a run can be resumed from."""
+    folders = [path for path in (Path(out) / "state").glob("checkpoint_*") if path.is_dir()]
+    return [len(list(folder.glob("deepspeed/zero_pp_rank_*_optim_states.pt"))) for folder in folders]
+
+
+def kill_a_worker_at(out: str, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        path = Path(out) / "metrics.jsonl"
+        if path.exists() and any(json.loads(line)["step"] >= step for line in path.read_text().splitlines()):
+            ours = {child.pid for child in psutil.Process().children(recursive=True)}
+            processes = psutil.process_iter(["cmdline"])
+            workers = [p for p in processes if "RayTrainWorker" in " ".join(p.info["cmdline"] or []) and p.pid in ours]
+            max(workers, key=lambda worker: worker.pid).kill()
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"the run did not reach step {step} in time")

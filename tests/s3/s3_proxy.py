@@ -1,0 +1,96 @@
+"""A proxy in front of the S3 server, as its own process: fails a share of requests and delays chosen ones, when told to.
+
+`python s3_proxy.py PORT UPSTREAM_PORT`. GET /_faults?fail_every=20&slow=shard-00003&slow_s=2&range_s=0.1 sets the faults:
+every 20th request fails, by turns with an answer 503 and with a connection closed without one; reads of shard-00003 take 2 s
+longer, other range reads 0.1 s. Every answer of /_faults is the JSON of what was done since the last: {"requests", "failed",
+"slowed", "most_at_once"}, the last for range reads.
+"""
+
+import http.client
+import json
+import sys
+import threading
+import time
+import urllib.parse
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+HOP = {"connection", "transfer-encoding", "keep-alive"}
+
+
+class Proxy(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    upstream_port = 0
+    lock = threading.Lock()
+    faults: dict[str, str] = {}  # noqa: RUF012  # one set for the process
+    counts = {"requests": 0, "failed": 0, "slowed": 0, "most_at_once": 0}  # noqa: RUF012
+    at_once = 0
+
+    def handle_any(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.path.startswith("/_faults"):
+            self.control()
+            return
+        with self.lock:
+            self.counts["requests"] += 1
+            every = int(self.faults.get("fail_every", 0))
+            turn = self.counts["requests"] // every if every and self.counts["requests"] % every == 0 else 0
+            self.counts["failed"] += bool(turn)
+            slow = "slow" in self.faults and self.faults["slow"] in self.path and self.command == "GET"
+            self.counts["slowed"] += slow
+        if slow:
+            time.sleep(float(self.faults["slow_s"]))
+        elif "Range" in self.headers:
+            self.sleep_in_range(float(self.faults.get("range_s", 0)))
+        if turn % 2:
+            self.answer(503, {}, b"<Error><Code>SlowDown</Code><Message>reduce your rate</Message></Error>")
+        elif turn:
+            self.close_connection = True
+        else:
+            self.forward(body)
+
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any
+
+    def sleep_in_range(self, seconds: float) -> None:
+        with self.lock:
+            Proxy.at_once += 1
+            self.counts["most_at_once"] = max(self.counts["most_at_once"], self.at_once)
+        time.sleep(seconds)
+        with self.lock:
+            Proxy.at_once -= 1
+
+    def forward(self, body: bytes) -> None:
+        upstream = http.client.HTTPConnection("127.0.0.1", self.upstream_port, timeout=60)
+        try:
+            upstream.request(self.command, self.path, body=body, headers=dict(self.headers))
+            reply = upstream.getresponse()
+            self.answer(reply.status, dict(reply.getheaders()), reply.read())
+        finally:
+            upstream.close()
+
+    def answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        self.send_response_only(status)
+        for name, value in headers.items():
+            if name.lower() not in HOP | {"content-length"}:
+                self.send_header(name, value)
+        head = self.command == "HEAD"
+        self.send_header("Content-Length", headers.get("Content-Length", "0") if head else str(len(body)))
+        self.end_headers()
+        if not head:
+            self.wfile.write(body)
+
+    def control(self) -> None:
+        query = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(self.path).query))
+        with self.lock:
+            Proxy.faults, done = query, dict(self.counts)
+            self.counts.update(dict.fromkeys(self.counts, 0))
+        self.answer(200, {}, json.dumps(done).encode())
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing: its output is nobody's."""
+
+
+if __name__ == "__main__":
+    Proxy.upstream_port = int(sys.argv[2])
+    server = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Proxy)
+    server.daemon_threads = True
+    server.serve_forever()
