@@ -217,8 +217,6 @@ class TrainConfig:
     """Longest generated caption in tokens, end token included."""
     checkpoint_every: int = 200
     """Steps between checkpoints; also at the end."""
-    keep_last: int = 2
-    """Checkpoints kept beside the best one."""
     log_every: int = 10
     """Steps between progress lines."""
 
@@ -239,7 +237,6 @@ class TrainConfig:
             "eval_images",
             "max_new_tokens",
             "checkpoint_every",
-            "keep_last",
             "log_every",
         )
         _require_at_least(0, self, "warmup_steps", "weight_decay", "clip_norm", "max_failures")

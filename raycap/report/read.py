@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import random
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -274,10 +273,11 @@ def thumbnail(image: bytes) -> str:
 
 
 def _training_failures(train: Json) -> Failures | None:
-    by_kind = Counter(_object(train.get("skipped_by_kind"))) + Counter(_object(train.get("left_out_by_kind")))
+    left_out = {f"{kind} (left out)": count for kind, count in _object(train.get("left_out_by_kind")).items()}
+    by_kind = _object(train.get("skipped_by_kind")) | left_out
     keys = _object(train.get("left_out_keys")) | _object(train.get("skipped_keys"))
     rows = [(str(key), str(kind), "") for key, kind in [*keys.items()][:MAX_ROWS]]
-    return Failures(door="Training", by_kind=dict(by_kind), rows=tuple(rows)) if train else None
+    return Failures(door="Training", by_kind=by_kind, rows=tuple(rows)) if train else None
 
 
 def _evaluation_failures(scored: Json, images: Sequence[Json]) -> Failures | None:

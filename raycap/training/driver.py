@@ -32,7 +32,6 @@ NEUTRAL_FIELDS = (
     "cpus_per_worker",
     "max_error_rate",
     "max_failures",
-    "keep_last",
     "log_every",
     "checkpoint_every",
 )

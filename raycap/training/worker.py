@@ -31,6 +31,7 @@ from raycap.training.validate import Validator
 from raycap.training.watch import MetricsFile
 
 STATE_FILE = "position.json"
+KEPT_CHECKPOINTS = 2  # the last ones, beside the best
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +170,7 @@ class _Saver:
         root = storage.join(self._config.out, "checkpoints")
         self._write(storage.join(root, f"step-{position.step:08d}"), position, {})
         if self._engine.rank == 0:
-            _prune(root, self._config.keep_last)
+            _prune(root, KEPT_CHECKPOINTS)
         if self._metrics_file:
             self._metrics_file.flush()
         with tempfile.TemporaryDirectory(prefix="raycap-state-") as name:

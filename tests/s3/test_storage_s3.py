@@ -16,8 +16,9 @@ from s3_server import BUCKET, PAGE, client, free_port, run_s3_server
 
 from raycap import storage, units
 from raycap.data import prepare
+from raycap.data.pack import Packed
+from raycap.data.spill import Unit
 from raycap.errors import StorageError
-from raycap.schema import SampleRef
 from raycap.shards import read_manifest, read_run
 
 pytestmark = pytest.mark.s3
@@ -243,11 +244,9 @@ def test_missing_credentials_are_named(endpoint: str, monkeypatch: pytest.Monkey
 def test_shards_prepared_on_s3_are_the_bytes_of_local_ones(
     endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def in_sequence(pending: dict[str, list[SampleRef]], out: str, add: Callable[[int], None]) -> str | None:
-        for name, refs in pending.items():
-            prepare.pack_unit(out, name, refs)
-            add(len(refs))
-        return None
+    def in_sequence(pending: Iterator[Unit], pack: Callable[[Unit], Packed], add: Callable[[Packed], None]) -> None:
+        for unit in pending:
+            add(pack(unit))
 
     monkeypatch.setattr(prepare, "_run", in_sequence)
     images = [{"id": i, "file_name": f"a/{i}.ü.jpg"} for i in range(30)]

@@ -392,7 +392,8 @@ def test_an_image_that_is_not_cropped_is_what_the_other_doors_see() -> None:
     keys = (str(n) for n in range(2000))
     whole = AugmentSpec(min_area=1, flip="never", num_ops=0)
     key = next(k for k in keys if draw_augmentation(whole, 40, 30, seed=7, epoch=1, key=k).box == (0, 0, 40, 30))
-    assert np.array_equal(augmented(data, whole, key=key), prepare_bytes(data, SPEC).pixels)
+    difference = augmented(data, whole, key=key).astype(int) - prepare_bytes(data, SPEC).pixels
+    assert abs(difference).max() <= 1  # Pillow crops and resizes at once; the other doors resize with another library
 
 
 def test_bytes_that_are_no_image_are_an_image_error() -> None:

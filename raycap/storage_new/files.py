@@ -1,0 +1,138 @@
+"""One file at an absolute path or an s3:// URL: look up, read, create once, replace, remove."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from raycap.errors import StorageError
+from raycap.storage import local, s3
+from raycap.storage.entry import Entry, EntryError
+
+
+def is_url(root: str) -> bool:
+    """True for `scheme://...`, false for a path."""
+    return "://" in root
+
+
+def join(root: str, *parts: str) -> str:
+    """The file `parts` below root. One trailing '/' of root is ignored; parts are kept verbatim, a leading '/' too."""
+    return "/".join((root.removesuffix("/"), *parts))
+
+
+def exists(url: str) -> bool:
+    """True if url is a file; false if nothing, or only a folder, is there."""
+    if not is_url(url):
+        with local.errors("look up", url):
+            return local.as_path(url).is_file()
+    bucket, key = s3.bucket_key(url)
+
+    def head(client: Any) -> bool:
+        from botocore.exceptions import ClientError
+
+        try:
+            client.head_object(Bucket=bucket, Key=key)
+        except ClientError as e:
+            if s3.error_code(e) in ("404", "NoSuchKey"):
+                return False
+            raise
+        return True
+
+    return s3.call("look up", url, head)
+
+
+def read_bytes(url: str) -> bytes:
+    """The whole file. Raises StorageError if it is missing or cannot be read."""
+    if not is_url(url):
+        with local.errors("read", url), open(local.as_path(url), "rb") as f:
+            return f.read()
+    bucket, key = s3.bucket_key(url)
+    return s3.call("read", url, lambda client: bytes(client.get_object(Bucket=bucket, Key=key)["Body"].read()))
+
+
+def read_entry(root: str, entry: Entry) -> bytes:
+    """The file as it was listed. Raises EntryError if it is gone, forbidden or replaced since, else StorageError."""
+    url = join(root, entry.name)
+    if not is_url(url):
+        with local.errors("read", url):
+            return local.read_as_listed(url, entry)
+    bucket, key = s3.bucket_key(url)
+
+    def get(client: Any) -> bytes:
+        from botocore.exceptions import ClientError
+
+        try:
+            # The server compares, so that not even a file replaced in this moment is taken for the listed one.
+            return bytes(client.get_object(Bucket=bucket, Key=key, IfMatch=f'"{entry.etag}"')["Body"].read())
+        except ClientError as e:
+            reason = s3.CHANGED_CODES.get(s3.error_code(e))
+            if reason is None:
+                raise
+            raise EntryError(f"cannot read {url!r}: {reason} ({s3.error_code(e)})") from e
+
+    return s3.call("read", url, get)
+
+
+def read_range(url: str, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of the file, exactly stop - start of them; StorageError if it is shorter."""
+    assert 0 <= start <= stop, (start, stop)
+    if start == stop:
+        return b""
+    if not is_url(url):
+        with local.errors("read", url), open(local.as_path(url), "rb") as f:
+            f.seek(start)
+            data = f.read(stop - start)
+    else:
+        bucket, key = s3.bucket_key(url)
+        where = {"Bucket": bucket, "Key": key, "Range": f"bytes={start}-{stop - 1}"}
+        data = s3.call("read", url, lambda client: bytes(client.get_object(**where)["Body"].read()))
+    if len(data) != stop - start:
+        raise StorageError(
+            f"cannot read bytes {start} to {stop} of {url!r}: got {len(data)} bytes, not {stop - start}; the file was "
+            f"cut or replaced since it was indexed, write it again"
+        )
+    return data
+
+
+def put_new(url: str, data: bytes) -> bool:
+    """Create the file with these bytes if it does not exist: True if this call created it, False if it existed.
+
+    Of any number of writers, in any processes, exactly one gets True, and no reader sees a part of the bytes. After a
+    reply that was lost on the network the retry meets our own file and returns False: a caller who must know compares
+    the content (units.commit does). Local parents are made.
+    """
+    if not is_url(url):
+        with local.errors("write", url):
+            return local.create(local.as_path(url), data)
+    bucket, key = s3.bucket_key(url)
+
+    def put(client: Any) -> bool:
+        from botocore.exceptions import ClientError
+
+        try:
+            client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+        except ClientError as e:
+            if s3.error_code(e) in ("PreconditionFailed", "412"):
+                return False
+            raise
+        return True
+
+    return s3.call("write", url, put)
+
+
+def put(url: str, data: bytes) -> None:
+    """Write the file, replacing it in one step: a reader sees the old bytes or the new ones. Local parents are made."""
+    if not is_url(url):
+        with local.errors("write", url):
+            local.replace(local.as_path(url), lambda f: f.write(data))
+        return
+    bucket, key = s3.bucket_key(url)
+    s3.call("write", url, lambda client: client.put_object(Bucket=bucket, Key=key, Body=data))
+
+
+def remove(url: str) -> None:
+    """Delete the file. A file that is not there is fine."""
+    if not is_url(url):
+        with local.errors("remove", url):
+            local.as_path(url).unlink(missing_ok=True)
+        return
+    bucket, key = s3.bucket_key(url)
+    s3.call("remove", url, lambda client: client.delete_object(Bucket=bucket, Key=key))

@@ -1,0 +1,139 @@
+"""S3: the client of this process, requests repeated while a server is busy, listings by the page, and error sentences.
+
+S3 goes through boto3, imported on first use: its clients serve many threads, own no event loop that a forked worker
+would inherit dead, and one `put_object` is conditional for any body up to S3's limit of 5 GB.
+"""
+
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from raycap.errors import StorageError
+from raycap.storage.entry import FORBIDDEN, GONE, REPLACED, Entry
+
+T = TypeVar("T")
+
+_SCHEME = "s3://"
+
+# Three attempts at 2.5 s with up to 3 s of backoff: an endpoint that nothing answers is reported after about 10 s.
+_CONNECT_TIMEOUT_S = 2.5
+_READ_TIMEOUT_S = 20.0
+_ATTEMPTS = 3
+_MAX_CONNECTIONS = 32
+# A server that answers "busy" is alive, so it is worth more patience than one that does not answer.
+_BUSY_DELAYS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
+_BUSY_CODES = frozenset(
+    {"SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "OperationAborted", "RequestLimitExceeded"}
+    | {"Throttling", "ThrottlingException", "ConditionalRequestConflict", "409", "500", "502", "503", "504"}
+)
+_CHANGED_CODES = {
+    **dict.fromkeys(("NoSuchKey", "404"), GONE),
+    **dict.fromkeys(("AccessDenied", "403", "InvalidObjectState"), FORBIDDEN),
+    **dict.fromkeys(("PreconditionFailed", "412"), REPLACED),
+}
+
+
+def bucket_key(url: str) -> tuple[str, str]:
+    if not url.startswith(_SCHEME) or "\0" in url:
+        raise StorageError(f"{url!r} is neither an absolute path nor an s3:// URL; give one of them")
+    bucket, _, key = url[len(_SCHEME) :].partition("/")
+    if not bucket:
+        raise StorageError(f"{url!r} names no bucket; write s3://BUCKET/FOLDER")
+    return bucket, key
+
+
+def bucket_folder(root: str) -> tuple[str, str]:
+    bucket, prefix = bucket_key(root)
+    return bucket, f"{prefix}/" if prefix and not prefix.endswith("/") else prefix
+
+
+ITER_ENTRIES
+
+
+_clients: dict[tuple[str | None, ...], Any] = {}
+_clients_lock = threading.Lock()
+
+
+def _forget_clients() -> None:
+    """A forked child must not share sockets, nor a lock that some thread of its parent held."""
+    global _clients_lock
+    _clients.clear()
+    _clients_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_clients)
+
+
+def _client() -> Any:
+    """One S3 client for this process and environment; it may be used by many threads."""
+    names = "AWS_ENDPOINT_URL AWS_ENDPOINT_URL_S3 AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_REGION"
+    environment = tuple(os.environ.get(name) for name in [*names.split(), "AWS_DEFAULT_REGION", "AWS_PROFILE"])
+    with _clients_lock:
+        if environment not in _clients:
+            import boto3.session
+            from botocore.config import Config
+
+            config = Config(
+                connect_timeout=_CONNECT_TIMEOUT_S,
+                read_timeout=_READ_TIMEOUT_S,
+                retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
+                max_pool_connections=_MAX_CONNECTIONS,
+            )
+            # boto3's shared default session is not safe across threads; a session of our own is.
+            _clients[environment] = boto3.session.Session().client("s3", config=config)
+        return _clients[environment]
+
+
+def call(action: str, url: str, request: Callable[[Any], T]) -> T:
+    """request(client), repeated while the server is busy; every failure becomes a StorageError about url."""
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    for delay_s in (*_BUSY_DELAYS_S, None):
+        try:
+            return request(_client())
+        except (ClientError, BotoCoreError, Boto3Error) as e:
+            if delay_s is None or not _is_passing(e):
+                raise StorageError(f"cannot {action} {url!r}: {_reason(e, url)}") from e
+        time.sleep(delay_s * random.uniform(0.5, 1.0))  # jitter, so that a cluster does not come back in step
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _is_passing(e: Exception) -> bool:
+    """Whether a living server may answer the same request differently in a moment."""
+    from botocore.exceptions import IncompleteReadError, ResponseStreamingError
+
+    # The latter two: botocore itself repeats no request whose answer broke off while its body was read.
+    return error_code(e) in _BUSY_CODES or isinstance(e, IncompleteReadError | ResponseStreamingError)
+
+
+def error_code(e: Exception) -> str:
+    """The server's error code, such as NoSuchKey or 404; '' where no server answered."""
+    cause = e.__cause__ or e.__context__ if not hasattr(e, "response") else e  # boto3 wraps the error of an upload
+    response = getattr(cause, "response", None) or {}
+    return str(response.get("Error", {}).get("Code", ""))
+
+
+def _reason(e: Exception, url: str) -> str:
+    """Why the request failed, and what to do."""
+    from botocore import exceptions as boto
+
+    bucket, _ = bucket_key(url)
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
+    code = error_code(e)
+    if code == "NoSuchBucket":
+        return f"bucket {bucket!r} does not exist at {endpoint}; create it or check the URL"
+    if code in ("NoSuchKey", "404"):
+        return f"bucket {bucket!r} has no such key at {endpoint}; check the URL"
+    if code in ("AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"):
+        return f"{endpoint} refuses access ({code}); check AWS_ACCESS_KEY_ID and the bucket's policy"
+    if code in ("InvalidRange", "416"):
+        return f"the object is shorter than expected ({code}); it was replaced since it was indexed, write it again"
+    if isinstance(e, boto.NoCredentialsError | boto.PartialCredentialsError):
+        return f"there are no credentials for {endpoint}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    if isinstance(e, boto.EndpointConnectionError | boto.ConnectTimeoutError | boto.ReadTimeoutError):
+        return f"nothing answers at {endpoint} ({type(e).__name__}); check AWS_ENDPOINT_URL and the network"
+    return f"{endpoint} answers {code or type(e).__name__} ({e}); check AWS_ENDPOINT_URL and try again"
