@@ -37,8 +37,9 @@ def main(memory_bytes: int, cpu_s: int) -> None:
     _limit(memory_bytes)
     answers = os.dup(1)
     os.dup2(2, 1)  # what a library prints must not look like an answer
-    from raycap.image import prepare_bytes
+    from raycap.image import keep_freed_memory, prepare_bytes
 
+    keep_freed_memory()
     _write(answers, READY)
     with open(0, "rb", buffering=65536) as requests:
         while len(header := requests.read(REQUEST.size)) == REQUEST.size:

@@ -3,11 +3,14 @@
 Owns no batching and no normalisation (that happens on the model's device, see `normalize`).
 """
 
+import contextlib
+import ctypes
 import io
 import struct
 import warnings
 import zlib
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -97,6 +100,7 @@ _OTHER_FORMATS = {
     b"\xff\x0a": "JPEG XL",
     **{b"P%d%c" % (number, space): "PNM" for number in range(1, 7) for space in b" \t\r\n"},
 }
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")  # of a file of ISO 23008-12, which may hold AVIF as well
 
 
@@ -144,6 +148,19 @@ def load_rgb(data: bytes, at_least: int | None = None) -> Image.Image:
         return _decode(data, at_least)[0]
     except MemoryError as error:
         raise _out_of_memory() from error
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Lets this process reuse the memory of one image for the next: for processes that do little else than decode.
+
+    By default glibc may give some megabytes back to the kernel after each image, and page faults then cost more than
+    decoding: 3.7 of 7.5 ms for a photograph at 384 pixels in a Ray worker. Without glibc nothing is done.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 64 * 2**20)
 
 
 def check_bytes(data: bytes, max_bytes: int = MAX_BYTES) -> None:
@@ -320,18 +337,19 @@ def _square(image: Image.Image, size: int) -> Pixels:
     """
     width, height = image.size
     if width * height > MAX_VECTOR_PIXELS:
-        pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
-    else:
-        # What Pillow 13 does: the height first where it is reduced by much more.
-        between = (width, size) if height - size > max(0, 2 * (width - size)) else (size, height)
-        # With a fourth byte: so Pillow holds them, and so vector code is fastest.
-        source = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint8).astype(np.uint16)
-        once = np.frombuffer(_resize(source.tobytes(), image.size, between, PixelType.U16x4), np.uint16)
-        whole = once.astype(np.uint8)
-        whole |= -(once > 255).view(np.uint8)  # overshoot becomes 255, as np.minimum does in three times the time
-        twice = _resize(whole.tobytes(), between, (size, size), PixelType.U8x4)
-        pixels = np.frombuffer(twice, np.uint8).reshape(size, size, 4)[:, :, :3]
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        return np.ascontiguousarray(np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1))
+    # What Pillow 13 does: the height first where it is reduced by much more.
+    between = (width, size) if height - size > max(0, 2 * (width - size)) else (size, height)
+    # With a fourth byte: so Pillow holds them, and so vector code is fastest.
+    source = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint8).astype(np.uint16)
+    once = np.frombuffer(_resize(source.tobytes(), image.size, between, PixelType.U16x4), np.uint16)
+    whole = once.astype(np.uint8)
+    whole |= -(once > 255).view(np.uint8)  # overshoot becomes 255, as np.minimum does in three times the time
+    twice = np.frombuffer(_resize(whole.tobytes(), between, (size, size), PixelType.U8x4), "<u4").reshape(size, size)
+    pixels = np.empty((3, size, size), np.uint8)
+    for channel, shift in enumerate((0, 8, 16)):
+        np.right_shift(twice, shift, out=pixels[channel], casting="unsafe")  # the lowest byte of what is left
+    return pixels
 
 
 def _resize(pixels: bytes, size: tuple[int, int], new_size: tuple[int, int], kind: PixelType) -> bytes:

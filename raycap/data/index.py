@@ -1,4 +1,4 @@
-"""Shards that have no manifest, img2dataset's above all, are indexed once, with Ray Data, into another folder:
+"""Shards that have no manifest, img2dataset's above all, are indexed once, with Ray, into another folder:
 
 1. one listing says which files are shards; a folder without any is refused
 2. one Ray task per shard reads it, and commits `_index/<shard>.<version>.json` below the index folder
@@ -14,31 +14,25 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from raycap import storage, units
-from raycap.data.ticker import ticking
+from raycap.data.tasks import run_units
+from raycap.data.ticker import pace, ticking
 from raycap.datasets.img2dataset import ShardFile, count_failures, find_shards, shorten
-from raycap.errors import RaycapError, SampleErrorKind, StorageError
+from raycap.errors import SampleErrorKind, StorageError
 from raycap.schema import ShardIndex
 from raycap.shards import MANIFEST, Manifest, index_shard, read_manifest
 from raycap.shards.manifest import ShardArrays, build_manifest, manifest_bytes, without_keys
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 INDEX = "_index"
 PLAN = f"{INDEX}/plan.json"
 REPORT_S = 2.0
 _FORMAT = 1  # of an index file; another one is another unit
-_READ_THREADS = 16
-_CHUNK = 64  # index files that are read ahead
-_MAX_RETRIES = 3  # of a task whose process died; Ray's own default repeats a shard that kills its worker for ever
 
 
 def open_shards(
@@ -74,22 +68,21 @@ def open_shards(
     if missing:
         connect()
         with _progress(report, len(files), len(files) - len(missing)) as add:
-            error = _run(root, index_root, missing, add)
-        if error:
-            raise StorageError(error)
+            index = functools.partial(index_unit, root, index_root)
+            run_units(iter(missing), index, add, f"indexing the shards of {root!r}")
     manifest = _gather(root, index_root, files)
     report(_last_line(manifest))
     return manifest
 
 
-def index_unit(root: str, index_root: str, file: ShardFile) -> ShardIndex:
-    """Indexes one shard and commits what was found. Raises StorageError if it cannot be read."""
+def index_unit(root: str, index_root: str, file: ShardFile) -> int:
+    """Indexes one shard, commits what was found, and returns its samples. Raises StorageError if it cannot be read."""
     index, failures = index_shard(root, file.name, file.num_bytes)
     if file.table:
         failures += count_failures(root, file.table)
     facts = {"index": asdict(index), "failures": dict(sorted(shorten(failures).items()))}
     units.commit(_unit_url(index_root, file), json.dumps(facts).encode())
-    return index
+    return index.num_samples
 
 
 def _unit(file: ShardFile) -> str:
@@ -129,11 +122,7 @@ def _gather(root: str, index_root: str, files: Sequence[ShardFile]) -> Manifest:
 
 
 def _read_units(index_root: str, files: Sequence[ShardFile]) -> Iterator[dict[str, Any]]:
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
-        for first in range(0, len(files), _CHUNK):
-            urls = [_unit_url(index_root, file) for file in files[first : first + _CHUNK]]
-            for data in pool.map(storage.read_bytes, urls):
-                yield json.loads(data)
+    return map(json.loads, storage.read_each([_unit_url(index_root, file) for file in files]))
 
 
 def _find_repeated(
@@ -183,50 +172,6 @@ def _counts(kinds: Counter[str]) -> str:
     return ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items())) or "none"
 
 
-# ---- Ray
-
-
-def _run(root: str, index_root: str, files: Sequence[ShardFile], add: Callable[[int], None]) -> str | None:
-    """Indexes these shards, one task each. The first failure ends the run: its sentence, or None.
-
-    Failures come back as rows, because an exception in a task would reach the user as Ray's traceback. The caller
-    raises them when this frame, and with it the data set that still runs, is gone.
-    """
-    import ray.data
-    import ray.exceptions
-
-    from raycap.data.stream import quiet_context
-
-    try:
-        with ray.data.DataContext.current(quiet_context()):
-            index = functools.partial(_index_block, root=root, index_root=index_root)
-            items = [asdict(file) for file in files]
-            tasks = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-                index, batch_size=None, batch_format="pyarrow", max_retries=_MAX_RETRIES
-            )
-            for row in tasks.iter_rows():
-                if row["error"]:
-                    return str(row["error"])
-                add(row["num_samples"])
-    except ray.exceptions.RayError as e:
-        reason = str(e).strip().splitlines()[-1].rstrip(".")
-        raise RaycapError(f"indexing the shards of {root!r} broke off: {reason}; run the same command again") from e
-    return None
-
-
-def _index_block(block: "pa.Table", root: str, index_root: str) -> "pa.Table":
-    """One shard in, one row out: num_samples, and error, a sentence or ''."""
-    import pyarrow as pa
-
-    (file,) = block.to_pylist()
-    num_samples, error = 0, ""
-    try:
-        num_samples = index_unit(root, index_root, ShardFile(**file)).num_samples
-    except RaycapError as e:
-        error = str(e)
-    return pa.table({"num_samples": [num_samples], "error": [error]})
-
-
 @contextlib.contextmanager
 def _progress(report: Callable[[str], None], num_shards: int, num_done: int) -> Iterator[Callable[[int], None]]:
     """Reports a line every REPORT_S and at the end. Yields add(num_samples), to be called for each finished shard."""
@@ -239,10 +184,9 @@ def _progress(report: Callable[[str], None], num_shards: int, num_done: int) -> 
 
     def line() -> str:
         seconds = time.monotonic() - start
-        rate = (counts["shards"] - num_done) / seconds if seconds else 0.0
-        eta = f"{(num_shards - counts['shards']) / rate:.0f}" if rate else "unknown"
+        _, times = pace(counts["shards"] - num_done, num_shards - counts["shards"], seconds)
         done = f"indexed_shards={counts['shards']}/{num_shards} new_rows={counts['rows']}"
-        return f"{done} rows_per_s={counts['rows'] / max(seconds, 1e-9):.0f} eta_s={eta} elapsed_s={seconds:.0f}"
+        return f"{done} rows_per_s={counts['rows'] / max(seconds, 1e-9):.0f} {times}"
 
     with ticking(line, report, REPORT_S):
         yield add

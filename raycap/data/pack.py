@@ -17,7 +17,6 @@ from PIL import Image
 from raycap import storage, units
 from raycap.data.spill import Unit
 from raycap.datasets.dataset import is_unicode, printable
-from raycap.datasets.files import is_fault_of_file
 from raycap.errors import ErrorKind, ImageError, SampleErrorKind, StorageError
 from raycap.image import check_bytes, decode_image
 from raycap.schema import Sample, SampleRef, ShardIndex
@@ -25,7 +24,6 @@ from raycap.shards import Manifest, pack_shard, read_run
 
 INDEX = "_index"
 READ_THREADS = 16  # of one task, and only for URLs: reading an object is mostly waiting
-_CHUNK = 64  # index files that are read ahead
 
 # Of files whose name has no suffix of an image, by their first bytes.
 _SUFFIXES = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp"}
@@ -104,13 +102,10 @@ def packed_before(out: str, names: Iterable[str]) -> set[str]:
 
 def read_packed(out: str, names: Sequence[str]) -> Iterator[PackedShard]:
     """What is known of these shards, in order; a few at a time."""
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        for first in range(0, len(names), _CHUNK):
-            urls = [_index_url(out, name) for name in names[first : first + _CHUNK]]
-            for data in pool.map(storage.read_bytes, urls):
-                facts = json.loads(data)
-                hashes = np.frombuffer(bytes.fromhex(facts.pop("image_hashes")), dtype=">u8")
-                yield PackedShard(ShardIndex.from_dict(facts), hashes.astype(np.uint64))
+    for data in storage.read_each([_index_url(out, name) for name in names]):
+        facts = json.loads(data)
+        hashes = np.frombuffer(bytes.fromhex(facts.pop("image_hashes")), dtype=">u8")
+        yield PackedShard(ShardIndex.from_dict(facts), hashes.astype(np.uint64))
 
 
 def shrink_image(data: bytes, shrink: Shrink) -> bytes | None:
@@ -158,7 +153,7 @@ def _read(ref: SampleRef, repeated: bool, shrink: Shrink | None) -> Sample | Ski
     try:
         data = storage.read_bytes(ref.url)
     except StorageError as error:
-        if not is_fault_of_file(error):
+        if not storage.is_fault_of_file(error):
             raise
         return key, ErrorKind.UNREADABLE
     ext = PurePosixPath(ref.url).suffix.removeprefix(".")

@@ -14,7 +14,6 @@ through temporary files, and the tasks are fed as they finish.
 """
 
 import contextlib
-import itertools
 import json
 import time
 from collections import Counter
@@ -31,17 +30,17 @@ from raycap.config import DatasetFormat
 from raycap.data.index import open_shards
 from raycap.data.pack import INDEX, Packed, RunUnit, Shrink, Skip, describe_kinds, pack_unit, packed_before, read_packed
 from raycap.data.spill import SortedRefs, Unit
-from raycap.data.ticker import ticking
+from raycap.data.tasks import run_units
+from raycap.data.ticker import pace, ticking
 from raycap.datasets.dataset import DatasetRead
 from raycap.datasets.read import read_dataset
-from raycap.errors import RaycapError, StorageError
+from raycap.errors import StorageError
 from raycap.shards import MANIFEST, Manifest, read_manifest
 from raycap.shards.manifest import ShardArrays, build_manifest, manifest_bytes, without_keys
 
 PLAN = f"{INDEX}/plan.json"
 REPORT = "report.json"
 REPORT_S = 2.0
-_MAX_RETRIES = 3  # of a task whose process died; more would repeat a shard that kills its worker for ever
 _MAX_GROUPS = 100  # of images with the same bytes, listed in the report
 
 Pack = Callable[[Unit | RunUnit], Packed]
@@ -146,7 +145,8 @@ def _prepare(
         with _progress(report, work.sizes, have) as add:
             if len(have) < len(work.sizes):
                 connect()
-                _run((unit for unit in work.units if unit.name not in have), work.pack, _each(limit.add, add))
+                pending = (unit for unit in work.units if unit.name not in have)
+                run_units(pending, work.pack, _each(limit.add, add), "packing shards")
         manifest = _gather(out, work, read, Limit(num_samples, max_error_rate, out))
     report(_last_line(out))
     return manifest
@@ -253,44 +253,6 @@ def _last_line(out: str) -> str:
     )
 
 
-# ---- Ray
-
-
-def _run(pending: Iterator[Unit | RunUnit], pack: Pack, add: Callable[[Packed], None]) -> None:
-    """Packs the pending units, one task each, and adds each as it is done. The first that fails ends the run.
-
-    No more units are held than twice the CPUs of the cluster. Failures come back as values, because an exception in a task
-    would reach the user as Ray's traceback. Raises StorageError, or RaycapError if Ray broke off.
-    """
-    import ray
-    import ray.exceptions
-
-    task = ray.remote(_pack).options(num_cpus=1, max_retries=_MAX_RETRIES, scheduling_strategy="SPREAD")
-    working: list[ray.ObjectRef[Packed | str]] = []
-    try:
-        while True:
-            most = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
-            working += [task.remote(pack, unit) for unit in itertools.islice(pending, most - len(working))]
-            if not working:
-                return
-            done, working = ray.wait(working)
-            for packed in ray.get(done):
-                if isinstance(packed, str):
-                    raise StorageError(packed)
-                add(packed)
-    except ray.exceptions.RayError as e:
-        reason = str(e).strip().splitlines()[-1].rstrip(".")
-        raise RaycapError(f"packing shards broke off: {reason}; run the same command to continue") from e
-
-
-def _pack(pack: Pack, unit: Unit | RunUnit) -> Packed | str:
-    """What pack returns, or the sentence of its failure."""
-    try:
-        return pack(unit)
-    except RaycapError as e:
-        return str(e)
-
-
 @contextlib.contextmanager
 def _progress(
     report: Callable[[str], None], sizes: dict[str, int], have: set[str]
@@ -306,10 +268,8 @@ def _progress(
         rows += packed.num_samples + len(packed.skipped)
 
     def line() -> str:
-        seconds = time.monotonic() - start
-        rate = (rows - first_rows) / seconds if seconds else 0.0
-        eta = f"{(total - rows) / rate:.0f}" if rate else "unknown"
-        return f"shards={shards}/{len(sizes)} rows={rows}/{total} images_per_s={rate:.0f} eta_s={eta} elapsed_s={seconds:.0f}"
+        rate, times = pace(rows - first_rows, total - rows, time.monotonic() - start)
+        return f"shards={shards}/{len(sizes)} rows={rows}/{total} images_per_s={rate:.0f} {times}"
 
     with ticking(line, report, REPORT_S):
         yield add

@@ -7,7 +7,6 @@ unequal counts; raycap/DECISIONS.md has the comparison with one executor per nod
 """
 
 import contextlib
-import ctypes
 import itertools
 import logging
 import re
@@ -15,7 +14,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,6 +24,7 @@ from ray.util.annotations import RayDeprecationWarning
 
 from raycap.data.batch import Batch, Columns, Source, assemble, load_reads
 from raycap.errors import StorageError
+from raycap.image import keep_freed_memory
 from raycap.order import Indices, Order, Read
 from raycap.shards import Manifest
 
@@ -189,25 +188,10 @@ def _load(
     manifest: "ray.ObjectRef[Manifest]",
     source: "ray.ObjectRef[Source]",
 ) -> Columns:
-    _keep_freed_memory()
+    keep_freed_memory()
     (number,) = block["id"].tolist()
     return load_reads(_fetch(tasks)[number], _fetch(manifest), _fetch(source))
 
-
-@cache
-def _keep_freed_memory() -> None:
-    """Lets this process reuse the memory of one image for the next.
-
-    In Ray's workers glibc gives it back to the kernel each time, and page faults then cost more than decoding: 3.7 of 7.5 ms
-    for a photograph at 384 pixels. Without glibc nothing is done.
-    """
-    with contextlib.suppress(AttributeError, OSError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, 64 * 2**20)
-        libc.mallopt(_M_TRIM_THRESHOLD, 256 * 2**20)
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 _fetched: dict[str, Any] = {}
 _MAX_FETCHED = 64  # a process works for all ranks of its node

@@ -22,3 +22,10 @@ def ticking(line: Callable[[], str], report: Callable[[str], None], every_s: flo
         finished.set()
         ticker.join()
         report(line())
+
+
+def pace(num_done: int, num_left: int, seconds: float) -> tuple[float, str]:
+    """How many a second, and `eta_s=... elapsed_s=...` for a line: the time that is left is unknown until one is done."""
+    rate = num_done / seconds if seconds else 0.0
+    eta = f"{num_left / rate:.0f}" if rate else "unknown"
+    return rate, f"eta_s={eta} elapsed_s={seconds:.0f}"

@@ -7,7 +7,6 @@ from typing import Any
 
 from raycap import storage
 from raycap.datasets.dataset import DatasetRead, key_of, refuse_missing, tidy
-from raycap.datasets.files import iter_names
 from raycap.errors import UserError
 from raycap.schema import SampleRef
 
@@ -34,7 +33,7 @@ def read_coco(annotations: str, images: str) -> DatasetRead:
             f"no sample in '{annotations}': {len(image_entries)} images and {len(annotation_entries)} annotations, but "
             f"no image has a caption (skipped {skips.describe_skipped()}); pass a captions_*.json, not an instances_*.json"
         )
-    refuse_missing(list(with_captions.values()), set(iter_names(images)), annotations, images)
+    refuse_missing(list(with_captions.values()), set(storage.iter_names(images)), annotations, images)
     samples = tuple(
         SampleRef(
             key=key_of(name), url=storage.join(images, name), captions=tuple(captions[image_id]), image_id=image_id

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from raycap import storage
 from raycap.datasets.dataset import DatasetRead, is_unicode, tidy
-from raycap.datasets.files import ImageIndex, iter_names, read_lines
+from raycap.datasets.files import ImageIndex
 from raycap.errors import UserError
 from raycap.schema import SampleRef
 
@@ -33,7 +33,7 @@ def read_conceptual(annotations: str, images: str) -> DatasetRead:
     StorageError when a path does not exist.
     """
     column, has_header = _find_columns(annotations)
-    index = ImageIndex(iter_names(images), SUFFIXES)
+    index = ImageIndex(storage.iter_names(images), SUFFIXES)
     if not len(index):
         raise UserError(
             f"there is no image below '{images}' for '{annotations}'; pass the folder that holds the images"
@@ -44,7 +44,7 @@ def read_conceptual(annotations: str, images: str) -> DatasetRead:
 
 def _find_columns(annotations: str) -> tuple[int, bool]:
     """(number of the column of URLs, 0 or 1; whether the first row is a header)."""
-    rows = [line.split(b"\t") for line in itertools.islice(read_lines(annotations), _HEAD)]
+    rows = [line.split(b"\t") for line in itertools.islice(storage.read_lines(annotations), _HEAD)]
     with_url = [
         {number for number, text in enumerate(row[:2]) if _URL.match(text.strip())} for row in rows if len(row) >= 2
     ]
@@ -63,7 +63,7 @@ def _samples(
     annotations: str, images: str, column: int, has_header: bool, index: ImageIndex, skips: DatasetRead
 ) -> Iterator[SampleRef]:
     any_sample = False
-    rows = _rows(itertools.islice(read_lines(annotations), has_header, None), column, skips)
+    rows = _rows(itertools.islice(storage.read_lines(annotations), has_header, None), column, skips)
     while batch := list(itertools.islice(rows, _BATCH)):
         suffixes = index.suffixes_of([stem for stem, _ in batch])
         for (stem, caption), suffix in zip(batch, suffixes, strict=True):

@@ -1,76 +1,12 @@
-"""Long listings and long text files, as streams: what the readers of large data sets need of storage."""
+"""Which image files of a large data set are there, in little memory: what the readers of dead links need to know."""
 
 import array
-import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
-
-from raycap import storage
-from raycap.errors import StorageError
-
-CHUNK_BYTES = 8 * 2**20  # of one range read of a URL
-_BOM = b"\xef\xbb\xbf"
-
-
-def iter_names(root: str) -> Iterator[str]:
-    """Names of all files below root, in no order: relative, '/'-separated. Local ones that are not UTF-8 are among them,
-    with their bytes as Python's file functions take them. Raises StorageError if root cannot be listed."""
-    if storage.is_url(root):
-        yield from storage.list_files(root)
-        return
-    with storage._local_errors("list", root):
-        for name, _ in storage._walk(storage._path(root), "", ()):
-            yield name
-
-
-def read_head(url: str, num_bytes: int = 65536) -> bytes:
-    """The first bytes of the file, without a byte order mark. Raises StorageError if it cannot be read."""
-    return next(_chunks(url, num_bytes), b"").removeprefix(_BOM)
-
-
-def read_lines(url: str) -> Iterator[bytes]:
-    """The lines of the file, without their ends and without a byte order mark; the last one needs no end.
-
-    A line ends at \\n or \\r\\n alone: a caption may hold any other mark that Unicode calls the end of a line. Holds one
-    chunk in memory. Raises StorageError if the file cannot be read.
-    """
-    rest = b""
-    for number, chunk in enumerate(_chunks(url, CHUNK_BYTES)):
-        *lines, rest = (rest + (chunk if number else chunk.removeprefix(_BOM))).split(b"\n")
-        for line in lines:
-            yield line.removesuffix(b"\r")
-    if rest:
-        yield rest.removesuffix(b"\r")
-
-
-def _chunks(url: str, size: int) -> Iterator[bytes]:
-    if not storage.is_url(url):
-        with storage._local_errors("read", url), open(storage._path(url), "rb") as f:
-            while chunk := f.read(size):
-                yield chunk
-        return
-    bucket, key = storage._bucket_key(url)
-    head: Callable[[Any], int] = lambda client: int(client.head_object(Bucket=bucket, Key=key)["ContentLength"])  # noqa: E731
-    num_bytes = storage._s3("read", url, head)
-    # Range reads, each with its own retries: one request for gigabytes would start again from nothing when it breaks off.
-    for start in range(0, num_bytes, size):
-        yield storage.read_range(url, start, min(start + size, num_bytes))
-
-
-def is_fault_of_file(error: StorageError) -> bool:
-    """Whether reading failed because of that one file: missing, forbidden, no regular file, on a damaged part of a disk.
-
-    Anything else (a server that does not answer, a wrong password) would be taken for thousands of bad files.
-    """
-    cause = error.__cause__
-    if isinstance(cause, OSError) and cause.errno is not None:
-        return cause.errno in (*storage._CHANGED_ERRNOS, errno.EIO, errno.ENAMETOOLONG)
-    return isinstance(cause, Exception) and storage._code(cause) in storage._CHANGED_CODES
 
 
 class ImageIndex:

@@ -9,7 +9,6 @@ from pathlib import PurePosixPath
 
 from raycap import storage
 from raycap.datasets.dataset import DatasetRead, is_unicode, key_of, tidy
-from raycap.datasets.files import read_lines
 from raycap.datasets.karpathy import find_images
 from raycap.errors import UserError
 from raycap.schema import SampleRef
@@ -83,7 +82,7 @@ def _split_url(annotations: str, split: str) -> str:
 
 def _read_split(url: str, annotations: str) -> set[str]:
     """One file name per line."""
-    names = {line.decode("utf-8", "surrogateescape").strip() for line in read_lines(url)} - {""}
+    names = {line.decode("utf-8", "surrogateescape").strip() for line in storage.read_lines(url)} - {""}
     if not names:
         raise UserError(f"the split file '{url}' of '{annotations}' names no image; pass one name per line")
     return names
@@ -113,7 +112,7 @@ def _rows(annotations: str, skips: DatasetRead) -> Iterator[Row]:
 
 def _text_lines(annotations: str, skips: DatasetRead) -> Iterator[str]:
     """Those that are not empty and are UTF-8. Others are counted, so that no caption is guessed."""
-    for number, line in enumerate(read_lines(annotations), 1):
+    for number, line in enumerate(storage.read_lines(annotations), 1):
         text = line.decode("utf-8", "surrogateescape")
         if not is_unicode(text):
             skips.skip(f"line {number}: {text[:60]}", "line that is not UTF-8")

@@ -8,7 +8,6 @@ from typing import Any
 
 from raycap import storage
 from raycap.datasets.dataset import DatasetRead, key_of, refuse_missing, tidy
-from raycap.datasets.files import iter_names
 from raycap.errors import UserError
 from raycap.schema import SampleRef
 
@@ -64,7 +63,7 @@ def find_images(images: str, names: list[str], annotations: str) -> dict[str, st
 
     Raises UserError, naming the first, if an image is missing.
     """
-    present = set(iter_names(images))
+    present = set(storage.iter_names(images))
     by_file_name: dict[str, str] = {}
     for path in sorted(present, key=lambda path: (path.count("/"), path)):
         by_file_name.setdefault(path.rpartition("/")[2], path)

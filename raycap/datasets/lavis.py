@@ -9,7 +9,6 @@ from typing import Any
 
 from raycap import storage
 from raycap.datasets.dataset import DatasetRead, key_of, refuse_missing, tidy
-from raycap.datasets.files import iter_names
 from raycap.errors import UserError
 from raycap.schema import SampleRef
 
@@ -78,7 +77,7 @@ def _find(names: Collection[str], is_web: bool, annotations: str, images: str) -
 
     Raises UserError if one is not and the list is of no web images, or if none is.
     """
-    present = set(iter_names(images))
+    present = set(storage.iter_names(images))
     choices = {name: next((n for n in (name, name.rpartition("/")[2]) if n in present), None) for name in names}
     paths = {name: path for name, path in choices.items() if path is not None}
     if not is_web or not paths:

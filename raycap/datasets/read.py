@@ -4,11 +4,11 @@ import json
 import re
 from typing import get_args
 
+from raycap import storage
 from raycap.config import DatasetFormat
 from raycap.datasets.coco import read_coco
 from raycap.datasets.conceptual import read_conceptual
 from raycap.datasets.dataset import DatasetRead, refuse_split
-from raycap.datasets.files import read_head
 from raycap.datasets.flickr import read_flickr
 from raycap.datasets.karpathy import read_karpathy
 from raycap.datasets.lavis import read_lavis
@@ -42,7 +42,7 @@ def read_dataset(annotations: str, images: str, *, format: DatasetFormat = "auto
 
 def detect_format(annotations: str) -> DatasetFormat:
     """The format of the file, from its first 64 KB. Raises UserError if they tell none."""
-    head = read_head(annotations).decode("utf-8", "replace")
+    head = storage.read_head(annotations).decode("utf-8", "replace")
     start = head.lstrip()
     if start.startswith("["):
         return "lavis"

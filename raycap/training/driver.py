@@ -203,12 +203,18 @@ def _write_report(
 
 def _s3_filesystem() -> Any:
     """Ray Train's view of S3, with the endpoint that the rest of raycap takes from the environment."""
-    from pyarrow.fs import S3FileSystem
+    from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem
 
     scheme, _, endpoint = (os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")).rpartition(
         "://"
     )
-    return S3FileSystem(scheme=scheme or "https", endpoint_override=endpoint or None)
+    return S3FileSystem(
+        scheme=scheme or "https",
+        endpoint_override=endpoint or None,
+        connect_timeout=10,
+        request_timeout=60,  # by default 3 s without a byte end a run
+        retry_strategy=AwsStandardS3RetryStrategy(max_attempts=8),
+    )
 
 
 def _cause(error: BaseException) -> str:

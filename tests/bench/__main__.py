@@ -110,6 +110,7 @@ BENCHMARKS: dict[str, Callable[[], Line]] = {
     "loader_vs_webdataset": imported("loaders", "measure_webdataset"),
     "loader_vs_raydata": imported("loaders", "measure_raydata"),
     "loader_vs_dataloader": imported("loaders", "measure_dataloader"),
+    "shuffle_cost": imported("shuffle"),
     "plan_shards": imported("scale", "measure_plan"),
     "rank_scaling": imported("scale", "measure_ranks"),
     "store_bytes": imported("scale", "measure_store"),

@@ -13,7 +13,6 @@ import numpy as np
 import psutil
 import ray
 from PIL import Image
-from s3_server import BUCKET, faults, run_s3_server
 
 from raycap import cluster, storage
 from raycap.data.batch import Source
@@ -23,6 +22,7 @@ from raycap.schema import ImageSpec, Sample
 from raycap.shards import MANIFEST, Manifest, pack_shard, read_manifest, write_manifest
 from raycap.shards.manifest import ShardArrays, manifest_bytes
 from raycap.text import text_spec, train_wordpiece
+from tests.s3.s3_server import BUCKET, faults, run_s3_server
 
 CAPTION = "a small picture of nothing"
 
@@ -124,37 +124,40 @@ def measure_plan() -> dict[str, Any]:
 # ---- ranks
 
 
+ROWS = 128  # of a step of one rank: one read, one task
+
+
 @ray.remote(num_cpus=1)
 class Rank:
-    """A training worker that only takes batches. Notes when each arrived, and how many samples it had."""
+    """A training worker that only takes batches."""
 
-    def run(self, rank: int, world: int, manifest: Any, steps: int) -> list[tuple[float, int]]:
-        order = InOrder(shard_sizes=manifest.sizes, num_samples=manifest.num_samples, global_batch_size=32 * world)
-        shared = ray.put(manifest)
-        stream = iterate(order, rank, world, manifest=shared, source=source(16), start=0, stop=steps)
-        return [(time.time(), sum(key != "" for key in batch.keys)) for batch in stream]
+    def run(self, rank: int, world: int, shared: list[Any], steps: int) -> float:
+        """Samples per second, from the first batch to the last."""
+        (manifest,) = shared
+        sizes = ray.get(manifest).sizes
+        order = InOrder(shard_sizes=sizes, num_samples=int(sizes.sum()), global_batch_size=ROWS * world)
+        stream = iterate(order, rank, world, manifest=manifest, source=source(16), start=0, stop=steps)
+        arrived = [time.perf_counter() for _ in stream]
+        return ROWS * (steps - 1) / (arrived[-1] - arrived[0])
 
 
 def measure_ranks() -> dict[str, Any]:
-    """Reads that sleep 2 s on the server's side, one CPU for each rank's data: samples/s of 16 ranks over 16 times one rank's."""
-    steps, range_s = 16, 2.0
-    cluster.connect(num_cpus=32, need="16 ranks and as many for their data")
-    rates, running = {}, {}
+    """Reads that sleep 2 s on the server's side, one CPU for each rank's data: 16 ranks' samples/s over 16 times one rank's."""
+    steps, range_s, worlds = 12, 2.0, (1, 2, 4, 8, 16)
+    rates, at_once = {}, {}
     with run_s3_server() as endpoint:
-        root = f"s3://{BUCKET}/ranks"
-        # A read is a step's 32 samples; four make a task and are read at once, so a task sleeps as long as a read.
-        manifest = write_shards(root, 16, 32 * steps, 16)
-        for world in (1, 2, 4, 8, 16):
+        manifest = write_shards(f"s3://{BUCKET}/ranks", worlds[-1], ROWS * steps, 16)
+        for world in worlds:
+            cluster.connect(num_cpus=2 * world, need="each rank and its data")
+            shared = ray.put(manifest)
             ranks = [Rank.remote() for _ in range(world)]  # type: ignore[attr-defined]
-            ray.get([rank.run.remote(i, world, manifest, 4) for i, rank in enumerate(ranks)])
+            ray.get([rank.run.remote(i, world, [shared], 4) for i, rank in enumerate(ranks)])
             with faults(endpoint, range_s=range_s) as done:
-                results = ray.get([rank.run.remote(i, world, manifest, steps) for i, rank in enumerate(ranks)])
-            arrived = sorted(event for result in results for event in result)
-            seconds = arrived[-1][0] - arrived[0][0]
-            rates[world] = sum(count for _, count in arrived) / seconds
-            running[world] = done["most_at_once"]
-            for rank in ranks:
-                ray.kill(rank)
+                rates[world] = sum(
+                    ray.get([rank.run.remote(i, world, [shared], steps) for i, rank in enumerate(ranks)])
+                )
+            at_once[world] = done["most_at_once"]
+            ray.shutdown()
     return {
         "name": "rank_scaling",
         "values": [rates[16] / rates[1] / 16],
@@ -162,7 +165,7 @@ def measure_ranks() -> dict[str, Any]:
         "must": 0.9,
         "aim": 0.9,
         "samples_per_s": {world: round(rate, 1) for world, rate in rates.items()},
-        "reads_at_once": running,
+        "reads_at_once": at_once,
     }
 
 

@@ -14,8 +14,9 @@ from conftest import Demo
 
 from raycap import storage
 from raycap.data.pack import Packed
-from raycap.data.prepare import _run, prepare_shards
+from raycap.data.prepare import prepare_shards
 from raycap.data.spill import Unit
+from raycap.data.tasks import run_units
 from raycap.errors import RaycapError, StorageError
 from raycap.image import decode_image
 from raycap.schema import Sample
@@ -141,7 +142,7 @@ def test_a_failing_storage_and_a_dying_task_end_the_job_with_one_sentence(ray_cl
 
     units = iter([Unit("shard-00000", (), frozenset())])
     with pytest.raises(RaycapError, match=r"^packing shards broke off: .*; run the same command to continue$"):
-        _run(units, exit_process, print)
+        run_units(units, exit_process, print, "packing shards")
 
 
 def exit_process(unit: Unit) -> Packed:

@@ -16,6 +16,7 @@ from raycap.config import CaptionBucketConfig
 from raycap.decode_pool import DecodePool
 from raycap.errors import StorageError, UserError
 from raycap.schema import DecodeSettings, ImageSpec
+from raycap.storage import s3
 
 pytestmark = pytest.mark.s3
 ROOT = f"s3://{BUCKET}/bulk"
@@ -103,8 +104,8 @@ def test_an_image_that_is_forbidden_is_a_row_and_a_storage_that_forbids_all_ends
     write(root, KEYS)
     job = make_job(root, f"{ROOT}/forbidden-out")
     manifest = plan.create_manifest(job.out, plan.list_images(root, job.out, ["*"])[0])
-    inner = storage._client()
-    monkeypatch.setattr(storage, "_client", lambda: Forbids(inner, ()))
+    inner = s3._client()
+    monkeypatch.setattr(s3, "_client", lambda: Forbids(inner, ()))
     with DecodePool() as pool:
         rows = unit.prepare_unit(job, 0, manifest, pool).rows
         (bad,) = [row for row in rows if row["error_kind"]]
@@ -112,7 +113,7 @@ def test_an_image_that_is_forbidden_is_a_row_and_a_storage_that_forbids_all_ends
         assert (
             bad["error"] == f"cannot read '{root}/plain.png': it was listed but access to it is refused (AccessDenied)"
         )
-        monkeypatch.setattr(storage, "_client", lambda: Forbids(inner, ("list_objects_v2",)))
+        monkeypatch.setattr(s3, "_client", lambda: Forbids(inner, ("list_objects_v2",)))
         with pytest.raises(StorageError, match=rf"^cannot list '{root}': .* refuses access \(AccessDenied\)"):
             unit.prepare_unit(job, 0, manifest, pool)
 

@@ -1,4 +1,4 @@
-"""The readers of data sets on S3: long files in pieces, images that a bucket lost counted, a server that is gone fatal."""
+"""The readers of data sets on S3: images that a bucket lost counted, a server that is gone fatal."""
 
 import json
 import zlib
@@ -10,8 +10,6 @@ from s3_server import BUCKET, free_port, run_s3_server
 from raycap import storage
 from raycap.data.pack import Packed, pack_unit
 from raycap.data.spill import Unit
-from raycap.datasets import files
-from raycap.datasets.files import read_head, read_lines
 from raycap.datasets.read import read_dataset
 from raycap.errors import StorageError
 from raycap.schema import SampleRef
@@ -24,19 +22,6 @@ ROOT = f"s3://{BUCKET}"
 def endpoint() -> Iterator[str]:
     with run_s3_server() as endpoint:
         yield endpoint
-
-
-def test_lines_are_read_in_pieces_of_any_size(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    content = "\ufeffone\r\n\nzwei ü\nlast".encode()
-    storage.put(f"{ROOT}/lines.tsv", content)
-    for size in (3, 5, 7, len(content), 1000):
-        monkeypatch.setattr(files, "CHUNK_BYTES", size)
-        assert list(read_lines(f"{ROOT}/lines.tsv")) == [b"one", b"", "zwei ü".encode(), b"last"]
-    assert read_head(f"{ROOT}/lines.tsv", 6) == b"one"
-    storage.put(f"{ROOT}/empty.tsv", b"")
-    assert list(read_lines(f"{ROOT}/empty.tsv")) == []
-    with pytest.raises(StorageError, match=r"cannot read '.*/gone\.tsv': bucket '.*' has no such key"):
-        list(read_lines(f"{ROOT}/gone.tsv"))
 
 
 def test_every_format_is_read_from_a_bucket(endpoint: str) -> None:

@@ -1,4 +1,4 @@
-"""raycap/storage.py and units.py on S3: one winner of every race, keys verbatim, sentences instead of stack traces."""
+"""raycap/storage and units.py on S3: one winner of every race, keys verbatim, sentences instead of stack traces."""
 
 import json
 import os
@@ -20,6 +20,7 @@ from raycap.data.pack import Packed
 from raycap.data.spill import Unit
 from raycap.errors import StorageError
 from raycap.shards import read_manifest, read_run
+from raycap.storage import files, folders, s3
 
 pytestmark = pytest.mark.s3
 ROOT = f"s3://{BUCKET}"
@@ -65,6 +66,44 @@ def test_a_listing_goes_on_after_its_first_page(endpoint: str) -> None:
     assert storage.list_files(f"{ROOT}/many") == [f"{i:05d}" for i in range(2 * PAGE + 3)]
 
 
+def test_names_are_asked_for_page_by_page(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from botocore.exceptions import ClientError
+
+    class Counts:
+        """A client that counts its listings, and is busy once after the first."""
+
+        def __init__(self, inner: Any) -> None:
+            self.inner, self.pages, self.busy = inner, 0, 1
+
+        def list_objects_v2(self, **request: Any) -> Any:
+            if self.pages == 1 and self.busy:
+                self.busy = 0
+                raise ClientError({"Error": {"Code": "SlowDown", "Message": ""}}, "ListObjectsV2")
+            self.pages += 1
+            return self.inner.list_objects_v2(**request)
+
+    for i in range(2 * PAGE + 3):
+        storage.put(f"{ROOT}/pages/{i:05d}", b"")
+    counting = Counts(s3._client())
+    monkeypatch.setattr(s3, "_client", lambda: counting)
+    monkeypatch.setattr(s3, "_BUSY_DELAYS_S", (0.0,))
+    names, seen = storage.iter_names(f"{ROOT}/pages/"), []
+    for i, name in enumerate(names):
+        seen.append(name)
+        assert counting.pages == i // PAGE + 1
+    assert (counting.pages, seen) == (3, [f"{i:05d}" for i in range(2 * PAGE + 3)])
+
+
+def test_a_server_that_repeats_a_page_ends_the_listing(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stuck:
+        def list_objects_v2(self, **request: Any) -> Any:  # noqa: ARG002
+            return {"Contents": [], "KeyCount": 0, "IsTruncated": True, "NextContinuationToken": "same"}
+
+    monkeypatch.setattr(s3, "_client", Stuck)
+    with pytest.raises(StorageError, match=rf"^cannot list '{ROOT}/x': the server answers with the same page again"):
+        storage.list_files(f"{ROOT}/x")
+
+
 def test_nothing_below_a_prefix_is_an_empty_list_and_a_missing_bucket_is_an_error(endpoint: str) -> None:
     assert storage.list_files(f"{ROOT}/nothing/here") == []
     assert units.done(f"{ROOT}/nothing/here", ".json") == set()
@@ -82,6 +121,39 @@ def test_a_range_is_exact_or_refused(endpoint: str) -> None:
     for start, stop in ((8, 12), (10, 11)):
         with pytest.raises(StorageError, match=r"cannot read"):
             storage.read_range(url, start, stop)
+
+
+def test_lines_are_read_in_pieces_of_any_size(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = "\ufeffone\r\n\nzwei ü\nlast".encode()
+    storage.put(f"{ROOT}/lines.tsv", content)
+    for size in (3, 5, 7, len(content), 1000):
+        monkeypatch.setattr(files, "CHUNK_BYTES", size)
+        assert list(storage.read_lines(f"{ROOT}/lines.tsv")) == [b"one", b"", "zwei ü".encode(), b"last"]
+    assert storage.read_head(f"{ROOT}/lines.tsv", 6) == b"one"
+    storage.put(f"{ROOT}/empty.tsv", b"")
+    assert list(storage.read_lines(f"{ROOT}/empty.tsv")) == []
+    with pytest.raises(StorageError, match=r"cannot read '.*/gone\.tsv': bucket '.*' has no such key"):
+        list(storage.read_lines(f"{ROOT}/gone.tsv"))
+
+
+def test_an_object_that_is_gone_is_at_fault_and_a_server_or_bucket_that_is_gone_is_not(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fault(url: str) -> bool:
+        with pytest.raises(StorageError) as caught:
+            storage.read_bytes(url)
+        return storage.is_fault_of_file(caught.value)
+
+    storage.put(f"{ROOT}/fault", b"1")
+    entry = next(entry for entry in storage.list_entries(ROOT) if entry.name == "fault")
+    storage.put(f"{ROOT}/fault", b"2")
+    with pytest.raises(storage.EntryError) as caught:
+        storage.read_entry(ROOT, entry)
+    assert storage.is_fault_of_file(caught.value)
+    assert fault(f"{ROOT}/gone")
+    assert not fault("s3://no-such-bucket/x")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    assert not fault(f"{ROOT}/gone")
 
 
 def test_of_eight_threads_that_create_one_object_exactly_one_wins(endpoint: str) -> None:
@@ -105,9 +177,10 @@ def test_of_eight_threads_that_create_one_object_exactly_one_wins(endpoint: str)
 FORKS = """
 import os, sys
 from raycap import storage
+from raycap.storage import s3
 url = sys.argv[1]
 storage.put(url + "-parent", b"the parent has a client, a lock and an open connection before it forks")
-storage._clients_lock.acquire()  # as if another thread of the parent made a client right now
+s3._clients_lock.acquire()  # as if another thread of the parent made a client right now
 children = []
 for i in range(8):
     if (pid := os.fork()) == 0:
@@ -148,9 +221,9 @@ def test_a_reply_that_got_lost_is_resolved_by_comparing(endpoint: str, monkeypat
                 raise ClientError({"Error": {"Code": "503", "Message": "after the object was stored"}}, "PutObject")
             return answer
 
-    lossy = LosesTheFirstReply(storage._client())
-    monkeypatch.setattr(storage, "_client", lambda: lossy)
-    monkeypatch.setattr(storage, "_BUSY_DELAYS_S", (0.01,))
+    lossy = LosesTheFirstReply(s3._client())
+    monkeypatch.setattr(s3, "_client", lambda: lossy)
+    monkeypatch.setattr(s3, "_BUSY_DELAYS_S", (0.01,))
     assert not units.commit(f"{ROOT}/lost", b"ours")
     assert storage.read_bytes(f"{ROOT}/lost") == b"ours"
     with pytest.raises(StorageError, match="holds another run's 'lost'"):
@@ -162,7 +235,7 @@ def test_a_busy_server_is_asked_again_and_a_broken_one_is_reported(
 ) -> None:
     from botocore.exceptions import ClientError
 
-    monkeypatch.setattr(storage, "_BUSY_DELAYS_S", (0.0, 0.0))
+    monkeypatch.setattr(s3, "_BUSY_DELAYS_S", (0.0, 0.0))
     answers = ["SlowDown", "SlowDown", "ok", "SlowDown", "SlowDown", "SlowDown", "Teapot"]
 
     def request(client: object) -> str:
@@ -170,10 +243,10 @@ def test_a_busy_server_is_asked_again_and_a_broken_one_is_reported(
             raise ClientError({"Error": {"Code": code, "Message": ""}}, "GetObject")
         return code
 
-    assert storage._s3("read", f"{ROOT}/x", request) == "ok"
+    assert s3.call("read", f"{ROOT}/x", request) == "ok"
     for code in ("SlowDown", "Teapot"):
         with pytest.raises(StorageError, match=f"^cannot read '{ROOT}/x': {endpoint} answers {code} "):
-            storage._s3("read", f"{ROOT}/x", request)
+            s3.call("read", f"{ROOT}/x", request)
     assert answers == []
 
 
@@ -183,14 +256,14 @@ def test_a_folder_goes_up_and_comes_back_with_its_marker_last(
     files = {"raycap.json": b"{}", "sub/z.json": b"z", "model.safetensors": os.urandom(9 * 2**20)}  # two parts
     for name, data in files.items():
         storage.put(f"{tmp_path}/from/{name}", data)
-    url, order, upload = f"{ROOT}/checkpoint", [], storage._upload
+    url, order, upload = f"{ROOT}/checkpoint", [], folders._upload
     storage.put(f"{url}/raycap.json", b"of an older upload")
 
     def watched(source: str, target: str) -> None:
         order.append((target.removeprefix(url + "/"), storage.exists(f"{url}/raycap.json")))
         upload(source, target)
 
-    monkeypatch.setattr(storage, "_upload", watched)
+    monkeypatch.setattr(folders, "_upload", watched)
     storage.upload_folder(f"{tmp_path}/from", url, last="raycap.json")
     assert order == [("model.safetensors", False), ("sub/z.json", False), ("raycap.json", False)]
     storage.download_folder(url, f"{tmp_path}/back")
@@ -216,8 +289,8 @@ def test_an_endpoint_that_refuses_connections_fails_within_seconds(
 def test_an_endpoint_that_drops_connections_fails_after_its_attempts(
     endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert storage._ATTEMPTS * storage._CONNECT_TIMEOUT_S + 1 + 2 < 12  # with standard mode's longest backoff
-    monkeypatch.setattr(storage, "_CONNECT_TIMEOUT_S", 0.2)
+    assert s3._ATTEMPTS * s3._CONNECT_TIMEOUT_S + 1 + 2 < 12  # with standard mode's longest backoff
+    monkeypatch.setattr(s3, "_CONNECT_TIMEOUT_S", 0.2)
     with socket.socket() as full:  # its queue holds one connection; further ones get no answer
         full.bind(("127.0.0.1", 0))
         full.listen(0)
@@ -244,11 +317,11 @@ def test_missing_credentials_are_named(endpoint: str, monkeypatch: pytest.Monkey
 def test_shards_prepared_on_s3_are_the_bytes_of_local_ones(
     endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def in_sequence(pending: Iterator[Unit], pack: Callable[[Unit], Packed], add: Callable[[Packed], None]) -> None:
-        for unit in pending:
+    def in_sequence(units: Iterator[Unit], pack: Callable[[Unit], Packed], add: Any, doing: str) -> None:
+        for unit in units:
             add(pack(unit))
 
-    monkeypatch.setattr(prepare, "_run", in_sequence)
+    monkeypatch.setattr(prepare, "run_units", in_sequence)
     images = [{"id": i, "file_name": f"a/{i}.ü.jpg"} for i in range(30)]
     captions = [{"id": i, "image_id": i, "caption": f"caption {i}"} for i in range(30)]
     document = json.dumps({"images": images, "annotations": captions}).encode()

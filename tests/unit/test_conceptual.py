@@ -1,7 +1,6 @@
 """raycap/datasets/conceptual.py and files.py: columns in either order, no quoting, dead links, bounded memory, s3:// alike."""
 
 import itertools
-import os
 import tracemalloc
 import zlib
 from collections.abc import Iterator
@@ -9,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from raycap.datasets import conceptual, files
+from raycap import storage
+from raycap.datasets import conceptual
 from raycap.datasets.conceptual import read_conceptual
 from raycap.datasets.dataset import DatasetRead
-from raycap.datasets.files import ImageIndex, read_head, read_lines
+from raycap.datasets.files import ImageIndex
 from raycap.errors import StorageError, UserError
 
 URLS = [f"http://example.org/{i}.jpg?a=b" for i in range(6)]
@@ -137,8 +137,8 @@ def test_ten_times_more_rows_take_eight_bytes_per_image_and_nothing_else(
         return (f"caption of {i}\t{url}".encode() for i in range(num_rows))
 
     def peak(num_rows: int) -> int:
-        monkeypatch.setattr(conceptual, "read_lines", lambda _: lines(num_rows))
-        monkeypatch.setattr(conceptual, "iter_names", lambda _: (f"{stem(i, url)}.jpg" for i in range(0, num_rows, 2)))
+        monkeypatch.setattr(storage, "read_lines", lambda _: lines(num_rows))
+        monkeypatch.setattr(storage, "iter_names", lambda _: (f"{stem(i, url)}.jpg" for i in range(0, num_rows, 2)))
         tracemalloc.start()
         try:
             result = read_conceptual("x.tsv", "/images")
@@ -161,24 +161,3 @@ def test_every_suffix_is_told_apart_and_strangers_are_not_found() -> None:
     assert [s + (found or "") for s, found in zip(stems, index.suffixes_of(stems), strict=True)] == names
     assert set(index.suffixes_of([f"x{stem}" for stem in stems])) == {None}
     assert ImageIndex(iter(()), conceptual.SUFFIXES).suffixes_of(["a"]) == [None]
-
-
-def test_lines_are_cut_at_their_ends_alone_wherever_a_chunk_ends(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    content = b"\xef\xbb\xbfone\r\n\ntwo \x0b\xc2\x85three\rfour\nlast"
-    (tmp_path / "f").write_bytes(content)
-    for size in range(1, len(content) + 2):
-        monkeypatch.setattr(files, "CHUNK_BYTES", size)
-        if size >= 3:  # a byte order mark is in one chunk
-            assert list(read_lines(f"{tmp_path}/f")) == [b"one", b"", b"two \x0b\xc2\x85three\rfour", b"last"]
-    assert read_head(f"{tmp_path}/f", 6) == b"one"
-
-
-def test_names_that_are_not_utf8_are_listed_and_a_loop_of_links_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / os.fsdecode(b"caf\xe9.jpg")).touch()
-    assert list(files.iter_names(str(tmp_path))) == [os.fsdecode(b"a/caf\xe9.jpg")]
-    (tmp_path / "a" / "up").symlink_to(tmp_path)
-    with pytest.raises(StorageError, match="remove that link"):
-        list(files.iter_names(str(tmp_path)))

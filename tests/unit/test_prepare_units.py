@@ -29,9 +29,11 @@ from raycap.config import PrepareConfig
 from raycap.data import index, prepare, spill
 from raycap.data.pack import Packed, Shrink, pack_unit, shrink_image
 from raycap.data.spill import SortedRefs, Unit
+from raycap.data.ticker import pace
 from raycap.errors import ErrorKind, ImageError, StorageError, UserError
 from raycap.schema import Sample, SampleRef
 from raycap.shards import pack_shard, read_run, write_manifest
+from raycap.storage import local
 
 NUM_IMAGES = 10
 SAMPLES_PER_SHARD = 4
@@ -51,10 +53,10 @@ def write_coco(folder: Path, num_images: int = NUM_IMAGES) -> Path:
     return folder
 
 
-def in_sequence(pending: Iterator[Unit], pack: Callable[[Unit], Packed], add: Callable[[Packed], None]) -> None:
-    """Stands in for the Ray job: the same units, one after the other."""
-    for unit in pending:
-        add(pack(unit))
+def in_sequence(units: Iterator[Any], work: Callable[[Any], Any], add: Callable[[Any], None], doing: str) -> None:
+    """Stands in for Ray: the same units, one after the other."""
+    for unit in units:
+        add(work(unit))
 
 
 def run(coco: str, out: str, report: Callable[[str], None] = print, **options: Any) -> None:
@@ -79,7 +81,7 @@ def facts_of(out: str) -> dict[str, Any]:
 
 @pytest.fixture
 def coco(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(prepare, "_run", in_sequence)
+    monkeypatch.setattr(prepare, "run_units", in_sequence)
     return str(write_coco(tmp_path / "coco"))
 
 
@@ -122,7 +124,7 @@ def test_the_order_of_the_annotations_does_not_matter(coco: str, tmp_path: Path)
 def test_a_finished_output_is_returned_without_work(coco: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before: list[str] = []
     run(coco, f"{tmp_path}/out", before.append)
-    monkeypatch.setattr(prepare, "_run", None)
+    monkeypatch.setattr(prepare, "run_units", None)
     lines: list[str] = []
     run(coco, f"{tmp_path}/out", lines.append)
     assert lines == [f"finished_before=true shards=3 rows=10 out='{tmp_path}/out'", before[-1]]
@@ -174,16 +176,22 @@ def test_a_slow_shard_still_reports_every_few_seconds(
 ) -> None:
     lines: list[str] = []
 
-    def slow(pending: Iterator[Unit], pack: Callable[[Unit], Packed], add: Callable[[Packed], None]) -> None:
+    def slow(*args: Any) -> None:
         deadline = time.monotonic() + 10
         while not lines and time.monotonic() < deadline:
             time.sleep(0.01)
-        in_sequence(pending, pack, add)
+        in_sequence(*args)
 
-    monkeypatch.setattr(prepare, "_run", slow)
+    monkeypatch.setattr(prepare, "run_units", slow)
     monkeypatch.setattr(prepare, "REPORT_S", 0.02)
     run(coco, f"{tmp_path}/out", lines.append)
     assert lines[0].startswith("shards=0/3 rows=0/10 images_per_s=0 eta_s=unknown elapsed_s=")
+
+
+def test_the_pace_tells_the_time_that_is_left_once_something_is_done() -> None:
+    assert pace(30, 60, 10.4) == (30 / 10.4, "eta_s=21 elapsed_s=10")
+    assert pace(0, 60, 10.0) == (0.0, "eta_s=unknown elapsed_s=10")
+    assert pace(0, 60, 0.0) == (0.0, "eta_s=unknown elapsed_s=0")
 
 
 def test_no_usable_caption_is_a_mistake_of_the_user(coco: str, tmp_path: Path) -> None:
@@ -305,7 +313,7 @@ def test_what_cannot_be_packed_is_counted_listed_and_not_fatal_below_the_rate(
     (images / "a/0003.jpg").unlink()
     (images / "a/0003.jpg").mkdir()
     (images / "a/0003.jpg" / "x").touch()
-    monkeypatch.setattr("raycap.datasets.coco.iter_names", lambda _: [e["file_name"] for e in document["images"]])
+    monkeypatch.setattr(storage, "iter_names", lambda _: [e["file_name"] for e in document["images"]])
     lines: list[str] = []
     run(coco, f"{tmp_path}/out", lines.append, max_error_rate=0.45)
     assert sorted(samples_of(f"{tmp_path}/out")) == ["a/0004", *(f"a/000{i}" for i in range(5, 10)), "a/x.y"]
@@ -346,12 +354,12 @@ def test_a_shard_of_which_nothing_is_left_has_no_file_and_its_keys_are_in_the_ma
 ) -> None:
     made: list[str] = []
 
-    def in_sequence_noted(pending: Iterator[Unit], pack: Any, add: Callable[[Packed], None]) -> None:
-        for unit in pending:
+    def in_sequence_noted(units: Iterator[Unit], pack: Any, add: Callable[[Packed], None], doing: str) -> None:
+        for unit in units:
             made.append(unit.name)
             add(pack(unit))
 
-    monkeypatch.setattr(prepare, "_run", in_sequence_noted)
+    monkeypatch.setattr(prepare, "run_units", in_sequence_noted)
     run(coco, f"{tmp_path}/whole")
     manifest = prepare.read_manifest(f"{tmp_path}/whole")
     for number in (0, 2):  # the first and the last
@@ -383,7 +391,7 @@ def test_a_storage_that_fails_is_not_taken_for_bad_images(
 
     def stale(url: str) -> bytes:
         if url.endswith("0003.jpg"):
-            with storage._local_errors("read", url):
+            with local.errors("read", url):
                 raise OSError(116, "Stale file handle")
         return read(url)
 
@@ -526,16 +534,11 @@ def run_again(source: Path, out: Path, report: Callable[[str], None] = print, **
     prepare.prepare_shards("", str(source), str(out), format="img2dataset", report=report, **options)
 
 
-def index_in_sequence(root: str, index_root: str, files: Any, add: Callable[[int], None]) -> None:
-    for file in files:
-        index.index_unit(root, index_root, file)
-
-
 def test_shards_of_img2dataset_are_packed_again_in_order_with_smaller_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "_run", in_sequence)
-    monkeypatch.setattr(index, "_run", index_in_sequence)
+    monkeypatch.setattr(prepare, "run_units", in_sequence)
+    monkeypatch.setattr(index, "run_units", in_sequence)
     source = tmp_path / "source"
     write_img2dataset(source)
     before = bytes_below(str(source))
@@ -567,7 +570,7 @@ def test_shards_of_img2dataset_are_packed_again_in_order_with_smaller_images(
     mine, again = bytes_below(out), bytes_below(f"{tmp_path}/again")
     assert mine == again
 
-    monkeypatch.setattr(prepare, "_run", None)
+    monkeypatch.setattr(prepare, "run_units", None)
     lines.clear()
     run_again(source, tmp_path / "out", lines.append, max_side=64)
     assert lines[0].startswith("finished_before=true")
@@ -580,7 +583,7 @@ def test_shards_of_img2dataset_are_packed_again_in_order_with_smaller_images(
 def test_images_that_cannot_be_decoded_are_left_out_of_repacked_shards_only_if_images_are_resized(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "_run", in_sequence)
+    monkeypatch.setattr(prepare, "run_units", in_sequence)
     source = str(tmp_path / "source")
     data, shard = pack_shard(
         "a.tar",
@@ -663,7 +666,7 @@ def kill_often(coco: str, root: str) -> None:
     import pandas  # noqa: F401 (pyarrow wants it; once here, not in each of the hundred children)
     import pyarrow.parquet  # noqa: F401
 
-    prepare._run = in_sequence
+    prepare.run_units = in_sequence
     os.fsync = int  # does nothing: it is for a power cut, which is not tested here, and would take most of the time
     start = time.monotonic()
     forked(lambda: None, coco, f"{root}/whole")

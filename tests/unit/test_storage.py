@@ -1,4 +1,4 @@
-"""raycap/storage.py on local paths: what is listed, that nothing half-written shows, and what a user reads when it fails."""
+"""raycap/storage on local paths: what is listed, that nothing half-written shows, and what a user reads when it fails."""
 
 import errno
 import os
@@ -11,6 +11,7 @@ import pytest
 
 from raycap import storage
 from raycap.errors import StorageError
+from raycap.storage import files, local
 
 
 def everything_below(folder: Path) -> list[str]:
@@ -209,13 +210,13 @@ def test_a_folder_is_copied_with_its_marker_last(tmp_path: Path, monkeypatch: py
         storage.put(f"{tmp_path}/from/{name}", name.encode())
     storage.put(f"{tmp_path}/to/raycap.json", b"of an older upload")
     order = []
-    copy = storage._local_copy
+    copy = local.copy
 
     def watched(source: Path, target: Path) -> None:
         order.append((target.name, storage.exists(f"{tmp_path}/to/raycap.json")))
         copy(source, target)
 
-    monkeypatch.setattr(storage, "_local_copy", watched)
+    monkeypatch.setattr(local, "copy", watched)
     storage.upload_folder(f"{tmp_path}/from", f"{tmp_path}/to", last="raycap.json")
     assert order == [("model.safetensors", False), ("z.json", False), ("raycap.json", False)]
     storage.download_folder(f"{tmp_path}/to", f"{tmp_path}/back")
@@ -230,3 +231,73 @@ def test_copying_a_folder_without_its_marker_or_without_files_is_refused(tmp_pat
     (tmp_path / "empty").mkdir()
     with pytest.raises(StorageError, match=r"^no files below '.*/empty' to download"):
         storage.download_folder(f"{tmp_path}/empty", f"{tmp_path}/to")
+
+
+def test_lines_are_cut_at_their_ends_alone_wherever_a_chunk_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = b"\xef\xbb\xbfone\r\n\ntwo \x0b\xc2\x85three\rfour\nlast"
+    (tmp_path / "f").write_bytes(content)
+    for size in range(1, len(content) + 2):
+        monkeypatch.setattr(files, "CHUNK_BYTES", size)
+        if size >= 3:  # a byte order mark is in one chunk
+            assert list(storage.read_lines(f"{tmp_path}/f")) == [b"one", b"", b"two \x0b\xc2\x85three\rfour", b"last"]
+    assert storage.read_head(f"{tmp_path}/f", 6) == b"one"
+
+
+def test_names_that_are_not_utf8_are_listed_and_a_loop_of_links_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / os.fsdecode(b"caf\xe9.jpg")).touch()
+    assert list(storage.iter_names(str(tmp_path))) == [os.fsdecode(b"a/caf\xe9.jpg")]
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    with pytest.raises(StorageError, match="remove that link"):
+        list(storage.iter_names(str(tmp_path)))
+
+
+def test_names_stream_in_and_are_those_of_the_listing(tmp_path: Path) -> None:
+    for name in ("b.jpg", "a/x.JPG", "a/b/ü.png", ".tmp-c.jpg-1234"):
+        storage.put(f"{tmp_path}/{name}", b"x")
+    names = storage.iter_names(str(tmp_path))
+    assert iter(names) is names
+    assert sorted(names) == ["a/b/ü.png", "a/x.JPG", "b.jpg"]
+    with pytest.raises(
+        StorageError, match=r"^cannot list '.*/nothing': No such file or directory \(2\); check the path$"
+    ):
+        list(storage.iter_names(f"{tmp_path}/nothing"))
+
+
+def test_many_files_are_read_in_the_order_of_their_names_and_a_few_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    urls = [f"{tmp_path}/{i}" for i in range(10)]
+    for i, url in enumerate(urls):
+        storage.put(url, b"%d" % i)
+    assert list(storage.read_each(urls[::-1])) == [b"%d" % i for i in range(9, -1, -1)]
+    assert list(storage.read_each([])) == []
+    monkeypatch.setattr(files, "_READ_AHEAD", 3)
+    found = storage.read_each(urls)
+    assert [next(found) for _ in range(6)] == [b"%d" % i for i in range(6)]
+    storage.remove(urls[8])  # not read yet
+    with pytest.raises(StorageError, match=r"^cannot read '.*/8': No such file"):
+        list(found)
+
+
+def test_a_failed_read_says_whether_that_one_file_is_at_fault(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    storage.put(f"{tmp_path}/file", b"")
+    for name in ("gone", "folder", "loop", "file/below", "n" * 300):
+        with pytest.raises(StorageError) as caught:
+            storage.read_bytes(f"{tmp_path}/{name}")
+        assert storage.is_fault_of_file(caught.value), name
+    for number, at_fault in ((errno.EIO, True), (errno.EACCES, True), (errno.ESTALE, False), (errno.EMFILE, False)):
+        with pytest.raises(StorageError) as caught, local.errors("read", "/x"):
+            raise OSError(number, os.strerror(number))
+        assert storage.is_fault_of_file(caught.value) == at_fault, number
+    (tmp_path / "loop").unlink()
+    (entry,) = [entry for entry in storage.list_entries(str(tmp_path)) if entry.name == "file"]
+    storage.put(f"{tmp_path}/file", b"replaced")
+    with pytest.raises(storage.EntryError) as caught:
+        storage.read_entry(str(tmp_path), entry)
+    assert storage.is_fault_of_file(caught.value)
+    assert not storage.is_fault_of_file(StorageError("the storage itself"))

@@ -1,11 +1,17 @@
 """One file at an absolute path or an s3:// URL: look up, read, create once, replace, remove."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from raycap.errors import StorageError
 from raycap.storage import local, s3
 from raycap.storage.entry import Entry, EntryError
+
+CHUNK_BYTES = 8 * 2**20  # of one range read of a URL
+_READ_THREADS = 16
+_READ_AHEAD = 64  # files
+_BOM = b"\xef\xbb\xbf"
 
 
 def is_url(root: str) -> bool:
@@ -46,6 +52,13 @@ def read_bytes(url: str) -> bytes:
             return f.read()
     bucket, key = s3.bucket_key(url)
     return s3.call("read", url, lambda client: bytes(client.get_object(Bucket=bucket, Key=key)["Body"].read()))
+
+
+def read_each(urls: Sequence[str]) -> Iterator[bytes]:
+    """The whole of each file, in order; a few of them are read ahead. Raises as read_bytes does."""
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        for first in range(0, len(urls), _READ_AHEAD):
+            yield from pool.map(read_bytes, urls[first : first + _READ_AHEAD])
 
 
 def read_entry(root: str, entry: Entry) -> bytes:
@@ -90,6 +103,52 @@ def read_range(url: str, start: int, stop: int) -> bytes:
             f"cut or replaced since it was indexed, write it again"
         )
     return data
+
+
+def read_head(url: str, num_bytes: int = 65536) -> bytes:
+    """The first bytes of the file, without a byte order mark. Raises StorageError if it cannot be read."""
+    return next(_chunks(url, num_bytes), b"").removeprefix(_BOM)
+
+
+def read_lines(url: str) -> Iterator[bytes]:
+    """The lines of the file, without their ends and without a byte order mark; the last one needs no end.
+
+    A line ends at \\n or \\r\\n alone: a caption may hold any other mark that Unicode calls the end of a line. Holds one
+    chunk in memory. Raises StorageError if the file cannot be read.
+    """
+    rest = b""
+    for number, chunk in enumerate(_chunks(url, CHUNK_BYTES)):
+        *lines, rest = (rest + (chunk if number else chunk.removeprefix(_BOM))).split(b"\n")
+        for line in lines:
+            yield line.removesuffix(b"\r")
+    if rest:
+        yield rest.removesuffix(b"\r")
+
+
+def _chunks(url: str, size: int) -> Iterator[bytes]:
+    if not is_url(url):
+        with local.errors("read", url), open(local.as_path(url), "rb") as f:
+            while chunk := f.read(size):
+                yield chunk
+        return
+    bucket, key = s3.bucket_key(url)
+    head = s3.call("read", url, lambda client: client.head_object(Bucket=bucket, Key=key))
+    num_bytes = int(head["ContentLength"])
+    # Range reads, each with its own retries: one request for gigabytes would start again from nothing when it breaks off.
+    for start in range(0, num_bytes, size):
+        yield read_range(url, start, min(start + size, num_bytes))
+
+
+def is_fault_of_file(error: StorageError) -> bool:
+    """Whether reading failed because of that one file: missing, forbidden, replaced, no regular file, on a damaged part of
+    a disk.
+
+    Anything else (a server that does not answer, a wrong password) would be taken for thousands of bad files.
+    """
+    cause = error.__cause__
+    if isinstance(cause, OSError) and cause.errno is not None:
+        return local.is_fault_of_file(cause)
+    return isinstance(error, EntryError) or (isinstance(cause, Exception) and s3.error_code(cause) in s3.CHANGED_CODES)
 
 
 def put_new(url: str, data: bytes) -> bool:

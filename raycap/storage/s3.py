@@ -29,7 +29,8 @@ _BUSY_CODES = frozenset(
     {"SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "OperationAborted", "RequestLimitExceeded"}
     | {"Throttling", "ThrottlingException", "ConditionalRequestConflict", "409", "500", "502", "503", "504"}
 )
-_CHANGED_CODES = {
+# What a refused read says of the object itself.
+CHANGED_CODES = {
     **dict.fromkeys(("NoSuchKey", "404"), GONE),
     **dict.fromkeys(("AccessDenied", "403", "InvalidObjectState"), FORBIDDEN),
     **dict.fromkeys(("PreconditionFailed", "412"), REPLACED),
@@ -37,6 +38,7 @@ _CHANGED_CODES = {
 
 
 def bucket_key(url: str) -> tuple[str, str]:
+    """Bucket and key of an s3:// URL, the key verbatim. Raises StorageError for any other URL."""
     if not url.startswith(_SCHEME) or "\0" in url:
         raise StorageError(f"{url!r} is neither an absolute path nor an s3:// URL; give one of them")
     bucket, _, key = url[len(_SCHEME) :].partition("/")
@@ -46,11 +48,29 @@ def bucket_key(url: str) -> tuple[str, str]:
 
 
 def bucket_folder(root: str) -> tuple[str, str]:
+    """Bucket, and what the keys below root begin with."""
     bucket, prefix = bucket_key(root)
     return bucket, f"{prefix}/" if prefix and not prefix.endswith("/") else prefix
 
 
-ITER_ENTRIES
+def iter_entries(root: str) -> Iterator[Entry]:
+    """The files below root, in the server's order; one page of them in memory, and each page with its own retries."""
+    bucket, prefix = bucket_folder(root)
+    request = {"Bucket": bucket, "Prefix": prefix}
+    while True:
+        page = call("list", root, lambda client: client.list_objects_v2(**request))
+        for item in page.get("Contents", ()):
+            # The empty name is the object that consoles create to show a "folder": it is the root itself, not below it.
+            if name := item["Key"][len(prefix) :]:
+                yield Entry(name, item["Size"], item["ETag"].strip('"'))
+        if not page.get("IsTruncated"):
+            return
+        if page["NextContinuationToken"] == request.get("ContinuationToken"):
+            raise StorageError(
+                f"cannot list {root!r}: the server answers with the same page again after {page['KeyCount']} keys; "
+                f"check AWS_ENDPOINT_URL and try again"
+            )
+        request["ContinuationToken"] = page["NextContinuationToken"]
 
 
 _clients: dict[tuple[str | None, ...], Any] = {}

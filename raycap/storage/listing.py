@@ -16,13 +16,24 @@ def list_files(root: str, suffixes: Sequence[str] = ()) -> list[str]:
     for a folder that links into itself, and for a local name that is not UTF-8.
     """
     endings = tuple(suffix.lower() for suffix in suffixes)
-    if is_url(root):
-        names = [entry.name for entry in s3.iter_entries(root)]
-        return sorted(name for name in names if not endings or name.lower().endswith(endings))
-    with local.errors("list", root):
-        names = [name for name, _ in local.walk(local.as_path(root), "", ()) if not endings or name.lower().endswith(endings)]
-    local.require_utf8(root, names)
+    names = [name for name in iter_names(root) if not endings or name.lower().endswith(endings)]
+    if not is_url(root):
+        local.require_utf8(root, names)
     return sorted(names)
+
+
+def iter_names(root: str) -> Iterator[str]:
+    """What list_files names, as a stream in no order, with one page of S3 in memory.
+
+    Local names that are not UTF-8 are among them, with their bytes as Python's file functions take them. Raises
+    StorageError, when it gets there, for what list_files refuses otherwise.
+    """
+    if is_url(root):
+        yield from (entry.name for entry in s3.iter_entries(root))
+        return
+    with local.errors("list", root):
+        for name, _ in local.walk(local.as_path(root), "", ()):
+            yield name
 
 
 def list_entries(root: str) -> list[Entry]:
@@ -31,7 +42,7 @@ def list_entries(root: str) -> list[Entry]:
     A link to nothing has size 0 and etag "". Raises as list_files does.
     """
     if is_url(root):
-        entries = s3.iter_entries(root)
+        entries = list(s3.iter_entries(root))
     else:
         with local.errors("list", root):
             entries = [local.to_entry(name, found) for name, found in local.walk(local.as_path(root), "", ())]

@@ -15,6 +15,7 @@ from raycap.errors import StorageError
 from raycap.storage.entry import FORBIDDEN, GONE, IRREGULAR, REPLACED, Entry, EntryError
 
 _TEMPORARY = ".tmp-"  # files that a writer has not finished; no listing shows them
+# What a failed read says of the file itself.
 _CHANGED_ERRNOS = {
     **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO), GONE),
     **dict.fromkeys((errno.EACCES, errno.EPERM), FORBIDDEN),
@@ -23,6 +24,7 @@ _CHANGED_ERRNOS = {
 
 
 def as_path(path: str) -> Path:
+    """The path of a local file. Raises StorageError if it is not absolute."""
     if not path.startswith("/") or "\0" in path:
         raise StorageError(f"{path!r} is neither an absolute path nor an s3:// URL; give one of them")
     return Path(path)
@@ -42,6 +44,7 @@ def walk(folder: Path, name: str, above: tuple[Path, ...]) -> Iterator[tuple[str
 
 
 def to_entry(name: str, found: "os.DirEntry[str]") -> Entry:
+    """What walk found, with size and etag; one stat."""
     try:
         about = found.stat()
     except OSError:
@@ -54,6 +57,7 @@ def _etag(about: os.stat_result) -> str:
 
 
 def read_as_listed(url: str, entry: Entry) -> bytes:
+    """The file if it is the one of entry; else EntryError, or OSError where the disk is at fault."""
     try:
         # Without waiting: a pipe among the images would hold its reader for ever.
         with open(os.open(as_path(url), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as f:
@@ -72,6 +76,7 @@ def read_as_listed(url: str, entry: Entry) -> bytes:
 
 
 def require_utf8(root: str, names: Sequence[str]) -> None:
+    """Raises StorageError for the first name that is not UTF-8."""
     for name in names:
         try:
             name.encode()
@@ -80,6 +85,7 @@ def require_utf8(root: str, names: Sequence[str]) -> None:
 
 
 def create(path: Path, data: bytes) -> bool:
+    """Creates the file whole, if it does not exist: whether this call did. Raises OSError."""
     created = False
     if not os.path.lexists(path):  # spares a write; the link below decides
         with _temporary(path) as temporary:
@@ -99,6 +105,7 @@ def create(path: Path, data: bytes) -> bool:
 
 
 def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Replaces the file in one step by what write(file) writes. Raises OSError."""
     with _temporary(path) as temporary:
         _write(temporary, write)
         temporary.replace(path)
@@ -106,6 +113,7 @@ def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
+    """Replaces target in one step by the bytes of source. Raises StorageError that names the one at fault."""
     with errors("read", str(source)):
         f_in = open(source, "rb")  # noqa: SIM115 (closed below; opened here so that a missing source is named as such)
     with f_in, errors("write", str(target)):
@@ -140,11 +148,17 @@ def _sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def errors(action: str, path: str) -> Iterator[None]:
+    """Turns an OSError into the StorageError `cannot {action} {path}`, with the OSError as its cause."""
     try:
         yield
     except OSError as e:
         advice = _advice(action, e.errno)
         raise StorageError(f"cannot {action} {path!r}: {e.strerror or e} ({e.errno}); {advice}") from e
+
+
+def is_fault_of_file(error: OSError) -> bool:
+    """Whether reading failed because of that file, on a damaged part of a disk too."""
+    return error.errno in (*_CHANGED_ERRNOS, errno.EIO, errno.ENAMETOOLONG)
 
 
 def _advice(action: str, number: int | None) -> str:
