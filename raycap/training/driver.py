@@ -82,7 +82,7 @@ def train_blip(config: TrainConfig) -> None:
             raise TrainingError(message) from error
     if message := ray.get(board.error.remote()):
         raise TrainingError(message)
-    _write_report(config, display, num_steps, plan, train_manifest, time.perf_counter() - begun)
+    _write_report(config, display, plan, (train_manifest, val_manifest), time.perf_counter() - begun)
 
 
 def _with_demo(config: TrainConfig) -> TrainConfig:
@@ -175,19 +175,21 @@ def _finished(out: str, identity: dict[str, Any]) -> bool:
 
 
 def _write_report(
-    config: TrainConfig, display: Display, num_steps: int, plan: Plan, manifest: Manifest, wall_s: float
+    config: TrainConfig, display: Display, plan: Plan, manifests: tuple[Manifest, Manifest], wall_s: float
 ) -> None:
     """train.json. skipped: what a step could not use, once an epoch; left_out: what was known before the first step."""
-    position = display.finished
+    position, (train, val) = display.finished, manifests
+    num_steps = plan.steps_per_epoch * config.epochs
     report = {
         "num_steps": num_steps,
         "best_step": position["best_step"],
         "best_cider": position["best_cider"],
         "skipped_by_kind": position["skipped"],
         "skipped_keys": position["skipped_keys"],
-        "left_out_by_kind": dict(Counter(kind for _, kind in manifest.skipped)),
-        "left_out_keys": dict(manifest.skipped[:MAX_SKIPPED_KEYS]),
-        "not_downloaded": manifest.failures,
+        "left_out_by_kind": dict(Counter(kind for _, kind in train.skipped)),
+        "left_out_keys": dict(train.skipped[:MAX_SKIPPED_KEYS]),
+        "not_downloaded": train.failures,
+        "val_skipped_keys": position["val_skipped_keys"] | dict(val.skipped[:MAX_SKIPPED_KEYS]),
         "resumed_from": display.resumed_from,
         "num_dropped_per_epoch": plan.num_dropped,
         "wall_s": round(wall_s, 1),
@@ -195,7 +197,8 @@ def _write_report(
     storage.put(storage.join(config.out, "train.json"), (json.dumps(report, indent=2) + "\n").encode())
     print(
         f"trained {num_steps} steps in {wall_s:.0f} s; best CIDEr {position['best_cider']:.3f} at step {position['best_step']}; skipped "
-        f"images: {position['skipped'] or 'none'}; left out: {report['left_out_by_kind'] or 'none'}; checkpoint: "
+        f"images: {position['skipped'] or 'none'}; left out: {report['left_out_by_kind'] or 'none'}; of the "
+        f"validation split: {len(report['val_skipped_keys'])}; checkpoint: "
         f"{config.out}/checkpoint",
         flush=True,
     )

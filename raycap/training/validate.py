@@ -25,15 +25,21 @@ class Validator:
         self._captioner = captioner
         self._micro_batch_size = micro_batch_size
         self._references: CiderReferences | None = None
+        self.skipped: dict[str, str] = {}
+        """Key -> error kind of the samples of the split that could not be used, on every rank."""
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch]) -> Metrics:
-        """val_loss, cider, num_val_images and samples, the same on every rank. batches: this rank's share of each step."""
+        """val_loss, cider, num_val_images, num_val_skipped and samples, the same on every rank.
+
+        batches: this rank's share of each step.
+        """
         engine = self._engine
         engine.module.eval()
         loss_sum = num_tokens = 0.0
         captions: dict[str, str] = {}
         references: dict[str, tuple[str, ...]] = {}
+        skipped: dict[str, str] = {}
         for batch in batches:
             for arrays in batch.micro_batches(self._micro_batch_size):
                 pixel_values, input_ids, labels = (torch.tensor(array, device=engine.device) for array in arrays)
@@ -41,7 +47,8 @@ class Validator:
                     normalize(pixel_values, self._captioner.spec.image), input_ids, labels
                 )
                 loss_sum, num_tokens = loss_sum + float(micro_loss), num_tokens + float(micro_tokens)
-            bad = {key for key, _ in batch.errors}
+            bad = dict(batch.errors)
+            skipped |= bad
             for first in range(0, len(batch.keys), self._micro_batch_size):
                 rows = slice(first, first + self._micro_batch_size)
                 with engine.autocast():
@@ -52,8 +59,9 @@ class Validator:
                     if key and refs and key not in bad:
                         captions[key], references[key] = result.caption or "", refs
         loss_sum, num_tokens = engine.all_reduce([loss_sum, num_tokens])
+        self.skipped = _merge(engine.gather(skipped))
         parts = engine.gather((captions, references))
-        scores = self._score(parts) if engine.rank == 0 else {}
+        scores = self._score(parts) | {"num_val_skipped": len(self.skipped)} if engine.rank == 0 else {}
         return {"val_loss": loss_sum / max(num_tokens, 1), **engine.gather(scores)[0]}
 
     def _all_finished(self, finished: bool) -> bool:

@@ -140,7 +140,7 @@ def _run(config: TrainConfig, board: Any, data: Data) -> None:
         log=log,
     )
     if rank == 0:
-        ray.get(board.post.remote({"finished": True, **asdict(position)}))
+        ray.get(board.post.remote({"finished": True, **asdict(position), "val_skipped_keys": validator.skipped}))
 
 
 def _resume(engine: Engine) -> Position:

@@ -131,19 +131,21 @@ ROWS = 128  # of a step of one rank: one read, one task
 class Rank:
     """A training worker that only takes batches."""
 
-    def run(self, rank: int, world: int, shared: list[Any], steps: int) -> float:
-        """Samples per second, from the first batch to the last."""
+    def run(self, rank: int, world: int, shared: list[Any], steps: int) -> int:
+        """The samples that were seen."""
         (manifest,) = shared
         sizes = ray.get(manifest).sizes
         order = InOrder(shard_sizes=sizes, num_samples=int(sizes.sum()), global_batch_size=ROWS * world)
         stream = iterate(order, rank, world, manifest=manifest, source=source(16), start=0, stop=steps)
-        arrived = [time.perf_counter() for _ in stream]
-        return ROWS * (steps - 1) / (arrived[-1] - arrived[0])
+        return sum(batch.num_images for batch in stream)
 
 
 def measure_ranks() -> dict[str, Any]:
-    """Reads that sleep 2 s on the server's side, one CPU for each rank's data: 16 ranks' samples/s over 16 times one rank's."""
-    steps, range_s, worlds = 12, 2.0, (1, 2, 4, 8, 16)
+    """Reads that sleep 2 s on the server's side, one CPU for each rank's data: 16 ranks' samples/s over 16 times one rank's.
+
+    The server's clock counts, from the first read of any rank to the last one's end: late ranks and idle CPUs cost.
+    """
+    steps, range_s, worlds = 24, 2.0, (1, 2, 4, 8, 16)
     rates, at_once = {}, {}
     with run_s3_server() as endpoint:
         manifest = write_shards(f"s3://{BUCKET}/ranks", worlds[-1], ROWS * steps, 16)
@@ -164,6 +166,7 @@ def measure_ranks() -> dict[str, Any]:
         "unit": "of linear",
         "must": 0.9,
         "aim": 0.9,
+        "ideal_per_s": ROWS / range_s,
         "samples_per_s": {world: round(rate, 1) for world, rate in rates.items()},
         "reads_at_once": at_once,
     }

@@ -210,9 +210,9 @@ def sample(key: bytes, seed: int, caption: str, image: bytes | None = None) -> l
 
 LEFT_OUT = {
     "a05": "no_caption",
+    "caf\\xe9": "bad_name",
     "b02": "duplicate_key",
     "a00": "duplicate_key",  # of another shard
-    "caf\\xe9": "bad_name",
     "c16": "truncated_shard",
 }
 
@@ -254,7 +254,7 @@ def test_every_defect_is_refused_above_the_rate_and_listed_by_key_below_it(
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert refused.returncode == 2, refused.stderr
     assert refused.stderr == (
-        f"error: 5 of the 53 samples in '{data}' cannot be used (no_caption: 1, duplicate_key: 2, bad_name: 1, "
+        f"error: 5 of the 53 samples in '{data}' cannot be used (no_caption: 1, bad_name: 1, duplicate_key: 2, "
         f"truncated_shard: 1; first: {', '.join(LEFT_OUT)}), more than --max-error-rate 0.05; mend the shards or give a "
         f"higher one\n"
     )

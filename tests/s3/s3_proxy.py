@@ -3,7 +3,7 @@
 `python s3_proxy.py PORT UPSTREAM_PORT`. GET /_faults?fail_every=20&slow=shard-00003&slow_s=2&range_s=0.1 sets the faults:
 every 20th request fails, by turns with an answer 503 and with a connection closed without one; reads of shard-00003 take 2 s
 longer, other range reads 0.1 s. Every answer of /_faults is the JSON of what was done since the last: {"requests", "failed",
-"slowed", "most_at_once"}, the last for range reads.
+"slowed"}, and of range reads {"most_at_once", "first_s", "last_s"}, the last two by a clock.
 """
 
 import http.client
@@ -22,7 +22,7 @@ class Proxy(BaseHTTPRequestHandler):
     upstream_port = 0
     lock = threading.Lock()
     faults: dict[str, str] = {}  # noqa: RUF012  # one set for the process
-    counts = {"requests": 0, "failed": 0, "slowed": 0, "most_at_once": 0}  # noqa: RUF012
+    counts: dict[str, float] = dict.fromkeys(("requests", "failed", "slowed", "most_at_once", "first_s", "last_s"), 0)  # noqa: RUF012
     at_once = 0
 
     def handle_any(self) -> None:
@@ -52,10 +52,12 @@ class Proxy(BaseHTTPRequestHandler):
 
     def sleep_in_range(self, seconds: float) -> None:
         with self.lock:
+            self.counts["first_s"] = self.counts["first_s"] or time.monotonic()
             Proxy.at_once += 1
             self.counts["most_at_once"] = max(self.counts["most_at_once"], self.at_once)
         time.sleep(seconds)
         with self.lock:
+            self.counts["last_s"] = time.monotonic()
             Proxy.at_once -= 1
 
     def forward(self, body: bytes) -> None:
@@ -89,8 +91,12 @@ class Proxy(BaseHTTPRequestHandler):
         """Says nothing: its output is nobody's."""
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 256  # with the usual 5, connections of a busy moment hang for seconds
+    daemon_threads = True
+
+
 if __name__ == "__main__":
     Proxy.upstream_port = int(sys.argv[2])
-    server = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Proxy)
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", int(sys.argv[1])), Proxy)
     server.serve_forever()

@@ -59,9 +59,9 @@ def run_s3_server() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def faults(endpoint: str, **faults: object) -> Iterator[dict[str, int]]:
+def faults(endpoint: str, **faults: object) -> Iterator[dict[str, float]]:
     """While open, the server behaves as s3_proxy.py says of these faults. Filled at the end: what was done to requests."""
-    done: dict[str, int] = {}
+    done: dict[str, float] = {}
     _set_faults(endpoint, faults)
     try:
         yield done
@@ -69,9 +69,9 @@ def faults(endpoint: str, **faults: object) -> Iterator[dict[str, int]]:
         done.update(_set_faults(endpoint, {}))
 
 
-def _set_faults(endpoint: str, faults: dict[str, object]) -> dict[str, int]:
+def _set_faults(endpoint: str, faults: dict[str, object]) -> dict[str, float]:
     with urllib.request.urlopen(f"{endpoint}/_faults?{urllib.parse.urlencode(faults)}", timeout=10) as reply:
-        done: dict[str, int] = json.load(reply)
+        done: dict[str, float] = json.load(reply)
         return done
 
 

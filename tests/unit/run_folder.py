@@ -45,7 +45,11 @@ def write_run(folder: Path, shards: str, rows: list[dict[str, Any]]) -> str:
     """A run folder with every part; the evaluation is of these rows."""
     write(folder, "config.json", {"train_shards": "/data/train", "lr": 1e-3, "prompt": ""})
     train = {"num_steps": 200, "best_step": 200, "wall_s": 61.5, "resumed_from": [40]}
-    write(folder, "train.json", train | {"skipped_by_kind": {"corrupt": 2}, "skipped_keys": {"bad-one": "corrupt", "bad-two": "corrupt"}})
+    write(
+        folder,
+        "train.json",
+        train | {"skipped_by_kind": {"corrupt": 2}, "skipped_keys": {"bad-one": "corrupt", "bad-two": "corrupt"}},
+    )
     write(folder, "metrics.jsonl", [*STEPS, *VALIDATIONS])
     scores = {
         "metrics": {"bleu_4": 0.25, "cider": 1.2346},

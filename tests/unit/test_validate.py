@@ -99,5 +99,6 @@ def test_bad_images_are_left_out_as_if_they_were_not_in_the_split(demo: Demo, tm
     metrics = evaluate(demo, pack(str(tmp_path / "damaged"), damaged))
     expected = evaluate(demo, pack(str(tmp_path / "without"), without))
     assert metrics["num_val_images"] == 10
+    assert (metrics.pop("num_val_skipped"), expected.pop("num_val_skipped")) == (2, 0)
     assert metrics.pop("val_loss") == pytest.approx(expected.pop("val_loss"), rel=1e-5)
     assert metrics == expected
