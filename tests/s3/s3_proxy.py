@@ -22,11 +22,11 @@ class Proxy(BaseHTTPRequestHandler):
     upstream_port = 0
     lock = threading.Lock()
     faults: dict[str, str] = {}  # noqa: RUF012  # one set for the process
-    counts: dict[str, float] = dict.fromkeys(("requests", "failed", "slowed", "most_at_once", "first_s", "last_s"), 0)  # noqa: RUF012
+    counts: dict[str, float] = dict.fromkeys(("requests", "failed", "slowed", "most_at_once", "first_s", "last_s"), 0)
     at_once = 0
 
     def handle_any(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = self.read_body()
         if self.path.startswith("/_faults"):
             self.control()
             return
@@ -48,6 +48,16 @@ class Proxy(BaseHTTPRequestHandler):
         else:
             self.forward(body)
 
+    def read_body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline().partition(b";")[0], 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any
 
     def sleep_in_range(self, seconds: float) -> None:
@@ -63,7 +73,8 @@ class Proxy(BaseHTTPRequestHandler):
     def forward(self, body: bytes) -> None:
         upstream = http.client.HTTPConnection("127.0.0.1", self.upstream_port, timeout=60)
         try:
-            upstream.request(self.command, self.path, body=body, headers=dict(self.headers))
+            headers = {name: value for name, value in self.headers.items() if name.lower() not in HOP | {"expect"}}
+            upstream.request(self.command, self.path, body=body, headers=headers)
             reply = upstream.getresponse()
             self.answer(reply.status, dict(reply.getheaders()), reply.read())
         finally:
