@@ -2,7 +2,8 @@
 
 Ours is the stream that training uses, through Ray Data. The peers are what people write: webdataset with Pillow and float32,
 Ray Data's read_webdataset with a map to float32, and torch's DataLoader over our own reading and decoding, which shows what
-Ray costs. Every side yields each of the images once; all pixels are compared first. A rate counts from the first batch to
+Ray costs. Ours and the
+last one decode="fast". Every side yields each of the images once; all pixels are compared first. A rate counts from the first batch to
 the last, so processes starting are left out; sides take turns, and the medians are compared.
 """
 
@@ -30,7 +31,7 @@ from raycap.schema import ImageSpec, Sample
 from raycap.shards import Manifest, pack_shard, read_manifest, read_run, write_manifest
 from raycap.text import text_spec, train_wordpiece
 
-NUM_SHARDS, SAMPLES_PER_SHARD, RUNS = 6, 250, 5
+NUM_SHARDS, SAMPLES_PER_SHARD, RUNS = 12, 250, 3
 BATCH, SIZE, CPUS = 32, 384, 2
 CAPTIONS = ("a dog on a beach", "a brown dog runs along the sea", "sand, sea and a dog", "a dog", "the dog of a friend")
 Batches = Iterator[tuple[list[str], Any]]  # keys and pixels
@@ -62,10 +63,13 @@ def write_shards(root: str) -> Manifest:
     return read_manifest(root)
 
 
+SPEC = ImageSpec(size=SIZE, decode="fast")
+
+
 def source() -> Source:
     tokenizer = train_wordpiece(CAPTIONS)
     return Source(
-        image=ImageSpec(size=SIZE),
+        image=SPEC,
         text=text_spec(tokenizer),
         tokenizer=tokenizer.to_str(),
         captions_per_image=1,
@@ -116,7 +120,7 @@ class Samples(torch.utils.data.Dataset[tuple[str, torch.Tensor]]):
     """Our reading and decoding, a sample at a time."""
 
     def __init__(self, manifest: Manifest) -> None:
-        self._manifest, self._image = manifest, ImageSpec(size=SIZE)
+        self._manifest, self._image = manifest, SPEC
 
     def __len__(self) -> int:
         return self._manifest.num_samples
@@ -144,7 +148,7 @@ def images_per_s(batches: Batches) -> float:
 
 
 def same_pixels(ours: Batches, theirs: Batches) -> bool:
-    """Whether both sides yield every image once, to within one level: all that our resizing differs from Pillow's."""
+    """Whether both sides yield every image once, to within two levels, nearly all equal."""
 
     def sums(batches: Batches) -> dict[str, np.ndarray]:
         found = {}
@@ -156,7 +160,9 @@ def same_pixels(ours: Batches, theirs: Batches) -> bool:
         return found
 
     a, b = sums(ours), sums(theirs)
-    return a.keys() == b.keys() and all(np.abs(a[key] - b[key]).max() <= 1 for key in a)
+    return a.keys() == b.keys() and all(
+        np.abs(a[key] - b[key]).max() <= 2 and np.abs(a[key] - b[key]).mean() < 0.01 for key in a
+    )
 
 
 def compare(name: str, peer: Callable[[Manifest], Batches], must: float, aim: float) -> dict[str, Any]:
