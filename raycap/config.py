@@ -146,7 +146,7 @@ class TrainConfig:
     val_shards: str = ""
     """The same for validation."""
     run_length: int = 32
-    """Neighbours of a shard that are read together; fewer mix batches better and read shorter pieces."""
+    """Neighbours of a shard that are read together, at most 128; fewer mix batches better and read shorter pieces."""
     max_error_rate: float = 0.05
     """Share of an epoch's samples that may be bad; they are skipped and listed in train.json. More ends the run."""
     out: str = default_root("demo")
@@ -240,6 +240,10 @@ class TrainConfig:
             "log_every",
         )
         _require_at_least(0, self, "warmup_steps", "weight_decay", "clip_norm", "max_failures")
+        _require(
+            self.run_length <= 128,
+            f"--run-length must be at most 128, got {self.run_length}; batches would not be mixed",
+        )
         _require(0 <= self.max_error_rate <= 1, f"--max-error-rate must be in [0, 1], got {self.max_error_rate}")
         _require(self.lr > 0, f"--lr must be positive, got {self.lr}")
         _require(0 <= self.label_smoothing < 1, f"--label-smoothing must be in [0, 1), got {self.label_smoothing}")
@@ -306,7 +310,7 @@ class EvaluateConfig:
     checkpoint: str = ""
     """Checkpoint folder, local or s3://, or a hub name in Hugging Face's BLIP layout. Empty: checkpoint/ of the demo."""
     shards: str = ""
-    """Shards of the split, with manifest.parquet. Empty: the demo's test split."""
+    """Shards of the split: as jobs/prepare_shards.py writes them, or img2dataset's output as it is. Empty: the demo's test split."""
     out: str = default_root("demo")
     """Where metrics.json, captions.json, per_image.jsonl and report.html go, local or s3://."""
     max_images: int = 0

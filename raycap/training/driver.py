@@ -41,6 +41,7 @@ FREE_FIELDS = (*NEUTRAL_FIELDS, "lr", "clip_norm")
 def train_blip(config: TrainConfig) -> None:
     """Trains to the end, resuming what is in config.out. Raises UserError before anything ran, TrainingError after."""
     config = _with_demo(config)
+    build_start(config)  # a wrong folder or size is found here, before shards are indexed, not by every worker
     train_manifest, val_manifest = _open_shards(config, "train"), _open_shards(config, "val")
     plan = build_plan(config, train_manifest)
     num_steps = plan.steps_per_epoch * config.epochs
@@ -55,7 +56,6 @@ def train_blip(config: TrainConfig) -> None:
         return
     check_shards(train_manifest)
     check_shards(val_manifest)
-    build_start(config)  # a wrong folder or size is found here, not by every worker
 
     use_gpu = _connect(config)
     storage.put(storage.join(config.out, "config.json"), (json.dumps(identity, indent=2) + "\n").encode())
@@ -196,9 +196,9 @@ def _write_report(
     }
     storage.put(storage.join(config.out, "train.json"), (json.dumps(report, indent=2) + "\n").encode())
     print(
-        f"trained {num_steps} steps in {wall_s:.0f} s; best CIDEr {position['best_cider']:.3f} at step {position['best_step']}; skipped "
-        f"images: {position['skipped'] or 'none'}; left out: {report['left_out_by_kind'] or 'none'}; of the "
-        f"validation split: {len(report['val_skipped_keys'])}; checkpoint: "
+        f"trained {num_steps} steps in {wall_s:.0f} s; best CIDEr {position['best_cider']:.3f} at step {position['best_step']}; bad "
+        f"samples, each once an epoch: {position['skipped'] or 'none'}; left out: {report['left_out_by_kind'] or 'none'}; of the "
+        f"validation split: {len(position['val_skipped_keys']) + len(val.skipped)}; checkpoint: "
         f"{config.out}/checkpoint",
         flush=True,
     )

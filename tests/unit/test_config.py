@@ -93,6 +93,8 @@ def test_a_negative_training_value_is_refused_by_its_flag(name: str) -> None:
         (PrepareConfig, {"annotations": "/a.json"}, ["--annotations", "--images"]),
         (PrepareConfig, {"annotations": "/a.json", "images": "/i"}, ["--images", "--out"]),
         (PrepareConfig, {"samples_per_shard": 0}, ["--samples-per-shard"]),
+        (TrainConfig, {"run_length": 129}, ["--run-length", "128"]),
+        (TrainConfig, {"max_error_rate": 1.5}, ["--max-error-rate"]),
         (EvaluateConfig, {"micro_batch_size": 0}, ["--micro-batch-size"]),
         (EvaluateConfig, {"concurrency": 0}, ["--concurrency"]),
         (EvaluateConfig, {"max_images": -1}, ["--max-images"]),
