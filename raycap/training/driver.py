@@ -66,13 +66,8 @@ def train_blip(config: TrainConfig) -> None:
         flush=True,
     )
     begun = time.perf_counter()
-    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    data = Data(
-        train=ray.put(train_manifest),
-        val=ray.put(val_manifest),
-        num_cpus=int(there["CPU"]) // config.num_workers - config.cpus_per_worker,
-        store_bytes=int(there["object_store_memory"] / 2 / config.num_workers),  # the other half is for batches in use
-    )
+    num_cpus, store_bytes = share_of_data(config, ray.cluster_resources())  # type: ignore[no-untyped-call]
+    data = Data(train=ray.put(train_manifest), val=ray.put(val_manifest), num_cpus=num_cpus, store_bytes=store_bytes)
     board: Any = Board.remote()  # type: ignore[attr-defined]  # ray.remote's types hide it
     with Display(board, num_steps) as display:
         try:
@@ -110,6 +105,15 @@ def _open_shards(config: TrainConfig, split: Literal["train", "val"]) -> Manifes
             f"the shards or give a higher one"
         )
     return manifest
+
+
+def share_of_data(config: TrainConfig, resources: dict[str, float]) -> tuple[int, int]:
+    """(Ray CPUs, bytes of Ray's shared memory) that one worker's reads may take: what the workers leave, in equal parts.
+
+    resources: of the whole cluster. Half of the memory stays for the batches in use.
+    """
+    num_cpus = int(resources["CPU"]) // config.num_workers - config.cpus_per_worker
+    return num_cpus, int(resources["object_store_memory"] / 2 / config.num_workers)
 
 
 def _num_cpus(config: TrainConfig) -> int:

@@ -20,9 +20,9 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def alone(demo: Demo, ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    """The small run on one worker, run to its end: two forward passes to a step, a checkpoint every four steps."""
+    """The small run on one worker with augmentation, run to its end: two forward passes to a step, a checkpoint every four."""
     run = small_run(demo, str(tmp_path_factory.mktemp("alone") / "run"))
-    config = replace(run, num_workers=1, micro_batch_size=6, max_failures=0)
+    config = replace(run, num_workers=1, micro_batch_size=6, max_failures=0, augment="blip")
     train_blip(config)
     return config
 

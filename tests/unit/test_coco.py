@@ -37,6 +37,24 @@ def test_samples_keep_the_order_of_images_and_captions_come_by_annotation_id(tmp
     assert second.url == str(tmp_path / "images" / "part" / "a.png")
 
 
+def test_the_file_of_2014_reads_as_that_of_2017(tmp_path: Path) -> None:
+    """Its names carry the split, its keys come in another order, and early versions had a `type`."""
+    name = "COCO_val2014_000000391895.jpg"
+    document = {
+        "info": {"description": "This is stable 1.0 version of the 2014 MS COCO dataset."},
+        "type": "captions",
+        "images": [{"license": 3, "file_name": name, "height": 360, "width": 640, "id": 391895}],
+        "licenses": [],
+        "annotations": [{"image_id": 391895, "id": 37, "caption": "A man with a red helmet on a dirt road. "}],
+    }
+    (tmp_path / "val2014").mkdir()
+    (tmp_path / "val2014" / name).touch()
+    (tmp_path / "captions_val2014.json").write_text(json.dumps(document))
+    (sample,) = read_coco(str(tmp_path / "captions_val2014.json"), str(tmp_path / "val2014")).samples
+    assert (sample.key, sample.image_id) == ("COCO_val2014_000000391895", 391895)
+    assert sample.captions == ("A man with a red helmet on a dirt road.",)
+
+
 def test_what_is_skipped_is_counted_by_reason(tmp_path: Path) -> None:
     images = [*IMAGES, {"id": 9, "file_name": "silent.jpg"}]
     annotations = [

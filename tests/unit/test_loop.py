@@ -454,6 +454,16 @@ def test_more_bad_samples_than_the_rate_allows_end_the_run_and_fewer_do_not(
     assert all(key in {s.key for s in bad.values()} for key in run.position.skipped_keys)
 
 
+def test_the_share_of_padding_is_that_of_the_micro_batches(demo: Demo) -> None:
+    run = run_of(demo, micro_batch_size=3).train(2)
+    for step, percent in enumerate(run.of("padding_percent")):
+        (batch,) = iterate_local(plan_of(run.manifest, 8), run.manifest, run.source, step, step + 1)
+        positions = sum(ids.size for _, ids, _ in batch.micro_batches(3))
+        num_padding = sum(int((ids == run.source.text.pad_id).sum()) for _, ids, _ in batch.micro_batches(3))
+        assert percent == round(100 * num_padding / positions, 1)
+        assert 0 < percent < 30
+
+
 def test_the_stopwatch_tells_rates_without_pauses_and_the_share_of_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("raycap.training.loop.time.perf_counter", lambda: now)
