@@ -114,7 +114,8 @@ class PrepareConfig:
         else:
             _require(
                 bool(self.annotations) == bool(self.images),
-                "--annotations and --images go together; without both the demo is made",
+                "--annotations and --images go together; give both, --images alone with --format img2dataset, or neither for the "
+                "demo",
             )
         _require(
             not self.images or self.out != default_root("demo"),
