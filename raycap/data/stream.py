@@ -28,11 +28,10 @@ from raycap.image import keep_freed_memory
 from raycap.order import Indices, Order, Read
 from raycap.shards import Manifest
 
-# Ray Data costs about 35 ms of CPU a task, and needs 0.1 s to notice that one ended: a task should work for half a second.
-MAX_ROWS = 128
+MAX_ROWS = 128  # of a task: Ray Data costs about 35 ms of CPU a task, so it should work for a quarter of a second
 MIN_ROWS = 16
 MAX_READS = 8_000  # of one data set; longer runs chain data sets, because planning one takes a millisecond a task
-AHEAD = 2  # tasks handed to Ray for each that runs, so that a CPU that becomes free has its next one
+_UNLIMITED = 2**50  # bytes; infinity would not stay a number under Ray Data's arithmetic
 T = TypeVar("T")
 
 
@@ -66,11 +65,15 @@ def _blocks(
 ) -> Iterator[Columns]:
     """The blocks of the data sets of MAX_READS reads; the next one starts while the last blocks of one are waited for."""
 
+    # With several tasks in flight, Ray Data looks for finished ones every 0.1 s only. Ray runs no more than there are CPUs, so
+    # the spare ones wait for a CPU that becomes free. Not more of them: ranks would starve each other.
+    num_tasks = num_cpus + num_cpus // 2
+
     def start() -> tuple[int, Iterator[Columns]] | None:
         if not (part := list(itertools.islice(reads, MAX_READS))):
             return None
         tasks = _Tasks.of(part, num_cpus)
-        data = _dataset(tasks, manifest, source, num_cpus, store_bytes)
+        data = _dataset(tasks, manifest, source, num_tasks, store_bytes)
         blocks = iter(data.iterator().iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1))
         return len(tasks), itertools.chain([next(blocks)], blocks)
 
@@ -79,7 +82,7 @@ def _blocks(
         while (data_set := coming.result()) is not None:
             num_blocks, blocks = data_set
             for number, block in enumerate(blocks):
-                if number == max(0, num_blocks - 1 - AHEAD * num_cpus):
+                if number == max(0, num_blocks - 1 - num_tasks):
                     coming = ahead.submit(start)
                 yield block
 
@@ -87,22 +90,38 @@ def _blocks(
 def reads_dataset(
     reads: Sequence[Read], manifest: "ray.ObjectRef[Manifest]", source: Source, *, num_cpus: int
 ) -> Dataset:
-    """A lazy data set of blocks of whole reads, in order; `load_reads` says what is in them."""
-    return _dataset(_Tasks.of(reads, num_cpus), manifest, source, num_cpus, None)
+    """A lazy data set of blocks of whole reads, in order; `load_reads` says what is in them.
+
+    num_cpus: of all that is run on it, actors included.
+    """
+    return _dataset(_Tasks.of(reads, num_cpus), manifest, source, 2 * num_cpus, None)
 
 
 def _dataset(
-    tasks: "_Tasks", manifest: "ray.ObjectRef[Manifest]", source: Source, num_cpus: int, store_bytes: int | None
+    tasks: "_Tasks", manifest: "ray.ObjectRef[Manifest]", source: Source, num_tasks: int, store_bytes: int | None
 ) -> Dataset:
     context = quiet_context()
     context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = ExecutionResources(
-        cpu=AHEAD * num_cpus, object_store_memory=store_bytes
-    )
+    _limit(context, num_tasks, store_bytes)
     options = {"tasks": ray.put(tasks), "manifest": manifest, "source": ray.put(source)}
     with DataContext.current(context):
         numbers = ray.data.range(len(tasks), override_num_blocks=len(tasks))
     return numbers.map_batches(_load, batch_size=None, fn_kwargs=options, num_cpus=1)  # type: ignore[arg-type]  # its types know no fn_kwargs
+
+
+def _limit(context: DataContext, num_tasks: int, store_bytes: int | None) -> None:
+    """Sets how many tasks of one CPU may be in flight, running or waiting for a CPU, and how much shared memory they may fill.
+
+    Ray Data takes the lesser of resource_limits and of the CPUs it has heard are free, then subtracts exclude_resources. It
+    hears of none in the first second, and would never hand out more tasks than CPUs. So all of the limit is put into what is
+    excluded, with its sign reversed. Actors behind the tasks count as tasks; their GPUs are not limited.
+    """
+    if store_bytes is None:
+        store_bytes = int(ray.cluster_resources()["object_store_memory"] / 2)  # type: ignore[no-untyped-call]
+    context.execution_options.resource_limits = ExecutionResources(cpu=0, gpu=0, object_store_memory=0, memory=0)
+    context.execution_options.exclude_resources = ExecutionResources(
+        cpu=-num_tasks, gpu=-_UNLIMITED, object_store_memory=-store_bytes, memory=-_UNLIMITED
+    )
 
 
 @contextlib.contextmanager
@@ -123,8 +142,10 @@ def quiet_context() -> DataContext:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = None  # nothing merges or splits blocks
-    # Ray 2.64 wants to drop arguments such as max_retries and names no other way to bound retries.
-    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
+    # Ray is to drop arguments such as max_retries, and exclude_resources, and names nothing that does the same. The version
+    # is bounded in pyproject.toml.
+    for name in ("ray_remote_args", "ExecutionOptions.exclude_resources"):
+        warnings.filterwarnings("ignore", f"`{name}` is deprecated", RayDeprecationWarning)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that its bars are off
     return context

@@ -155,9 +155,8 @@ def measure_ranks() -> dict[str, Any]:
             ranks = [Rank.remote() for _ in range(world)]  # type: ignore[attr-defined]
             ray.get([rank.run.remote(i, world, [shared], 4) for i, rank in enumerate(ranks)])
             with faults(endpoint, range_s=range_s) as done:
-                rates[world] = sum(
-                    ray.get([rank.run.remote(i, world, [shared], steps) for i, rank in enumerate(ranks)])
-                )
+                samples = sum(ray.get([rank.run.remote(i, world, [shared], steps) for i, rank in enumerate(ranks)]))
+            rates[world] = samples / (done["last_s"] - done["first_s"])
             at_once[world] = done["most_at_once"]
             ray.shutdown()
     return {

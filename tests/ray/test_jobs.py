@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -155,7 +156,7 @@ MISTAKES = {
             "--val-shards",
             "/nowhere/v",
             "--tokenizer",
-            "/t",
+            "{tokenizer}",
             "--out",
             "{tmp}/o",
         ],
@@ -199,8 +200,6 @@ def test_a_mistake_ends_with_one_sentence_and_exit_code_2_within_seconds(
     assert time.monotonic() - begun < 30
     assert result.returncode == 2, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
-    import re
-
     assert re.search(expected, result.stderr.replace("\n", " ")), result.stderr
     if (
         tmp_path / "o"
