@@ -201,8 +201,8 @@ def _write_report(
     storage.put(storage.join(config.out, "train.json"), (json.dumps(report, indent=2) + "\n").encode())
     print(
         f"trained {num_steps} steps in {wall_s:.0f} s; best CIDEr {position['best_cider']:.3f} at step {position['best_step']}; bad "
-        f"samples, each once an epoch: {position['skipped'] or 'none'}; left out: {report['left_out_by_kind'] or 'none'}; of the "
-        f"validation split: {len(position['val_skipped_keys']) + len(val.skipped)}; checkpoint: "
+        f"samples, each once an epoch: {position['skipped'] or 'none'}; left out: {report['left_out_by_kind'] or 'none'}; bad "
+        f"in the validation split: {len(position['val_skipped_keys']) + len(val.skipped)}; checkpoint: "
         f"{config.out}/checkpoint",
         flush=True,
     )
