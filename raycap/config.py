@@ -147,6 +147,42 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """Weights of others -> a checkpoint folder: BLIP's, ClipCap's or VGG16's original file, or towers to put together."""
+
+    ROOTS: ClassVar = ("out",)
+    SOURCES: ClassVar = ("weights", "vision_tower", "text_decoder", "tokenizer")
+
+    weights: str = ""
+    """Original file: salesforce/BLIP's .pth, ClipCap's .pt, torchvision's vgg16 .pth. Pickled: give only files you trust."""
+    vision_tower: str = ""
+    """Folder or hub name of CLIP, ViT, SigLIP or DINOv2, for ClipCap's weights or to put together with --text-decoder."""
+    text_decoder: str = ""
+    """Folder or hub name of a GPT-2, to put together with --vision-tower."""
+    architecture: Literal["clip_gpt2_mlp", "clip_gpt2_transformer", "vit_gpt2"] = "clip_gpt2_mlp"
+    """How a --vision-tower and a --text-decoder are put together."""
+    tokenizer: str = ""
+    """Folder or hub name of the tokenizer the weights were trained with; --text-decoder brings its own."""
+    prompt: str = ""
+    """Text in front of every caption, such as BLIP's "a picture of "."""
+    image_size: int = 0
+    """Side of the images in pixels; 0 keeps that of the weights, whose position embeddings are interpolated otherwise."""
+    num_heads: int = 0
+    """Heads of ClipCap's GPT-2, which leave no trace in its weights; 0 takes one for each 64 of its width."""
+    seed: int = 0
+    """Seed of what is drawn anew."""
+    out: str = default_root("imported")
+    """Folder or s3:// root of the checkpoint; it must hold none."""
+
+    def __post_init__(self) -> None:
+        _require(
+            not (self.weights and self.text_decoder),
+            "--text-decoder is put together with a --vision-tower; --weights bring their own",
+        )
+        _require_at_least(0, self, "image_size", "num_heads", "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Fine-tune or train a captioner on shards. The same command again resumes the run in --out."""
 

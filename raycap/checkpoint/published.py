@@ -33,16 +33,19 @@ def import_published(source: str, *, prompt: str, max_tokens: int) -> tuple[Chec
 
 def _open(source: str, text: Mapping[str, Any]) -> tuple[CheckpointSpec, Weights]:
     """text: fields of TextSpec that the caller has instead of the checkpoint's."""
-    root = source
-    if not storage.is_url(source):
-        path = Path(source).expanduser()
-        root = str(path.absolute()) if path.exists() else _download_from_hub(source)
+    root = source if storage.is_url(source) else str(local_folder(source))
     if storage.exists(storage.join(root, SEAL)):
         spec, weights = load_checkpoint(root)
     else:
         with local_copy(root) as local:
             spec, weights = _read_published(local, source)
     return replace(spec, text=replace(spec.text, **text)), weights
+
+
+def local_folder(source: str) -> Path:
+    """The folder of a path, or where the hub's files of that name lie after their download. Raises CheckpointError."""
+    path = Path(source).expanduser()
+    return path.absolute() if path.exists() else Path(_download_from_hub(source))
 
 
 def _read_published(folder: Path, source: str) -> tuple[CheckpointSpec, Weights]:

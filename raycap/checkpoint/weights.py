@@ -122,6 +122,9 @@ class _Uninitialised(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         module, name = getattr(func, "__module__", ""), getattr(func, "__name__", "")
+        if name in ("normal_", "uniform_") and args and not args[0].is_meta:
+            with torch.no_grad():  # trunc_normal_ draws again until all values lie within its bounds
+                return args[0].zero_()
         if module == "torch.nn.init" or name in ("normal_", "uniform_"):
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)

@@ -114,9 +114,8 @@ class BlipRetrieval(nn.Module):
         """(N,), the probability that text and image belong together; float32 or wider. Texts begin with [ENC]."""
         check_rows(len(input_ids_NL), state)
         logits_N2 = _wide(self.itm_head(self.text_encoder(input_ids_NL, attention_mask_NL, state)))
-        return logits_N2.softmax(-1)[
-            :, 1
-        ]  # index 1 is "matches" (salesforce/BLIP, models/blip_retrieval.py, itm_labels)
+        # Index 1 is "they match" (itm_labels in models/blip_retrieval.py of salesforce/BLIP).
+        return logits_N2.softmax(-1)[:, 1]
 
     @torch.no_grad()
     def cosine(self, state: ImageState, input_ids_NL: Tensor, attention_mask_NL: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ from scratch; the rest is the architecture.
 
 from typing import Any
 
+from raycap.schema import ImageSpec
+
 Config = dict[str, Any]
 
 _VIT_BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -144,4 +146,14 @@ PRESETS: dict[str, Config] = {
     "vit_gpt2": VIT_GPT2,
     "vgg_lstm_tiny": VGG_LSTM_TINY,
     "vgg_lstm": VGG_LSTM,
+}
+
+# How each kind prepares images when it starts from scratch: as its published weights want them.
+IMAGES = {
+    "blip": ImageSpec(size=384),
+    "clip_gpt2": ImageSpec(size=224, fit="crop"),
+    "vision-encoder-decoder": ImageSpec(size=224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), resample="bilinear"),
+    "vgg_lstm": ImageSpec(  # torchvision's weights
+        size=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), resample="bilinear", fit="crop"
+    ),
 }

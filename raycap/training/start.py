@@ -10,17 +10,9 @@ from raycap.checkpoint import CheckpointSpec, complete_config, fresh_config, imp
 from raycap.config import TrainConfig
 from raycap.errors import UserError
 from raycap.models import CaptionModel, build_model, model_sizes
-from raycap.models.presets import PRESETS
-from raycap.schema import DecodeSettings, ImageSpec
+from raycap.models.presets import IMAGES, PRESETS
+from raycap.schema import DecodeSettings
 from raycap.text import TextSpec, load_tokenizer, role_ids
-
-_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # torchvision's weights
-IMAGES = {  # how each kind prepares images when it starts from scratch: as its published weights do
-    "blip": ImageSpec(size=384),
-    "clip_gpt2": ImageSpec(size=224, fit="crop"),
-    "vision-encoder-decoder": ImageSpec(size=224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), resample="bilinear"),
-    "vgg_lstm": ImageSpec(size=224, resample="bilinear", **_IMAGENET),
-}
 
 
 def build_start(config: TrainConfig) -> tuple[CheckpointSpec, CaptionModel]:

@@ -231,6 +231,10 @@ def test_a_captioner_in_the_original_layout_computes_what_the_original_did(tmp_p
     by_ours, by_published, original = logits_of(ours, published, state)
     torch.testing.assert_close(by_ours, by_published, rtol=0, atol=1e-5)
     torch.testing.assert_close(by_ours, original, rtol=0, atol=1e-5)
+    # In double precision not even an epsilon may differ.
+    double, pixels = {name: tensor.double() for name, tensor in state.items()}, batch()[0].double()
+    states = ours.double().encode_image(pixels).states_BTE
+    torch.testing.assert_close(states, original_vision(double, pixels), rtol=0, atol=1e-10)
 
 
 def test_an_imported_captioner_is_built_as_that_of_any_checkpoint() -> None:

@@ -152,4 +152,5 @@ def image_vector(tower: Any, pixel_values_B3SS: Tensor) -> Tensor:
 
 def normalized(vector_BE: Tensor) -> Tensor:
     """Divided by its L2 norm."""
-    return vector_BE / torch.linalg.vector_norm(vector_BE, dim=-1, keepdim=True)
+    norm_B1: Tensor = torch.linalg.vector_norm(vector_BE, dim=-1, keepdim=True)
+    return vector_BE / norm_B1
