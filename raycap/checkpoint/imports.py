@@ -202,7 +202,7 @@ def _load(kind: Any, folder: Path, source: str) -> Any:
     """A tower as transformers loads it, whole: every weight of it is in the folder, but for a pooler that nothing reads."""
     from transformers import logging
 
-    before = logging.get_verbosity()  # type: ignore[no-untyped-call]
+    before = logging.get_verbosity()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it lists the text tower that is left out
     try:
         model, report = kind.from_pretrained(
@@ -213,7 +213,7 @@ def _load(kind: Any, folder: Path, source: str) -> Any:
             f"{source!r} cannot be read ({str(error).partition(chr(10))[0]}); copy it again"
         ) from error
     finally:
-        logging.set_verbosity(before)  # type: ignore[no-untyped-call]
+        logging.set_verbosity(before)
     missing = [name for name in report["missing_keys"] if "pooler.dense" not in name]
     if missing or report["mismatched_keys"]:
         raise CheckpointError(
