@@ -21,14 +21,14 @@ def demo(config: DemoConfig) -> None:
     from raycap.data.demo import make_bucket, make_demo
     from raycap.evaluation.evaluate import evaluate
     from raycap.report import write_report
-    from raycap.training.driver import train_blip
+    from raycap.training.driver import train_captioner
 
     connect(num_cpus=8, need="the demo")
     checkpoint = f"{config.out}/checkpoint"
     _say("1/6 data set and shards")
     shards = make_demo(config)
     _say("2/6 training")
-    train = replace(
+    training = replace(
         TRAIN_PRESETS["demo"],
         out=config.out,
         train_shards=shards.train,
@@ -37,7 +37,7 @@ def demo(config: DemoConfig) -> None:
         epochs=config.epochs or TRAIN_PRESETS["demo"].epochs,
         global_batch_size=min(config.num_train, TRAIN_PRESETS["demo"].global_batch_size),
     )
-    train_blip(train)
+    train_captioner(training)
     _say("3/6 evaluation")
     evaluate(EvaluateConfig(checkpoint=checkpoint, shards=shards.test, out=config.out))
     _say("4/6 captioning a folder, broken files among the images")

@@ -6,4 +6,4 @@ from _job import run_job
 from raycap.config import TRAIN_PRESETS
 
 if __name__ == "__main__":
-    run_job("train_blip", TRAIN_PRESETS, "raycap.training.driver:train_blip")
+    run_job("train_blip", TRAIN_PRESETS, "raycap.training.driver:train_captioner")

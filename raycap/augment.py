@@ -110,7 +110,7 @@ def augment_bytes(
     try:
         image = load_rgb(data, smallest_side(spec.size, augment.min_area) if spec.decode == "fast" else None)
         drawn = draw_augmentation(augment, *image.size, seed=seed, epoch=epoch, key=key)
-        image = image.resize((spec.size, spec.size), Image.Resampling.BICUBIC, drawn.box)
+        image = image.resize((spec.size, spec.size), Image.Resampling[spec.resample.upper()], drawn.box)
         if drawn.mirrored and (augment.flip == "always" or not names_side(captions)):
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         for name, negative in drawn.operations:

@@ -5,12 +5,24 @@ Sizes that follow from others (accumulation, steps, micro steps) are derived whe
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "fp32", "bf16"]
+Architecture = Literal[
+    "blip_tiny",
+    "blip_base_384",
+    "blip_large_384",
+    "clip_gpt2_tiny",
+    "clip_gpt2_mlp",
+    "clip_gpt2_transformer",
+    "vit_gpt2_tiny",
+    "vit_gpt2",
+    "vgg_lstm_tiny",
+    "vgg_lstm",
+]  # raycap/models/presets.py has them
 DatasetFormat = Literal["auto", "coco", "karpathy", "lavis", "flickr8k", "flickr30k", "conceptual", "img2dataset"]
 
 
@@ -135,8 +147,44 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """Weights of others -> a checkpoint folder: BLIP's, ClipCap's or VGG16's original file, or towers to put together."""
+
+    ROOTS: ClassVar = ("out",)
+    SOURCES: ClassVar = ("weights", "vision_tower", "text_decoder", "tokenizer")
+
+    weights: str = ""
+    """Original file: salesforce/BLIP's .pth, ClipCap's .pt, torchvision's vgg16 .pth. Pickled: give only files you trust."""
+    vision_tower: str = ""
+    """Folder or hub name of CLIP, ViT, SigLIP or DINOv2, for ClipCap's weights or to put together with --text-decoder."""
+    text_decoder: str = ""
+    """Folder or hub name of a GPT-2, to put together with --vision-tower."""
+    architecture: Literal["clip_gpt2_mlp", "clip_gpt2_transformer", "vit_gpt2"] = "clip_gpt2_mlp"
+    """How a --vision-tower and a --text-decoder are put together."""
+    tokenizer: str = ""
+    """Folder or hub name of the tokenizer the weights were trained with; --text-decoder brings its own."""
+    prompt: str = ""
+    """Text in front of every caption, such as BLIP's "a picture of "."""
+    image_size: int = 0
+    """Side of the images in pixels; 0 keeps that of the weights, whose position embeddings are interpolated otherwise."""
+    num_heads: int = 0
+    """Heads of ClipCap's GPT-2, which leave no trace in its weights; 0 takes one for each 64 of its width."""
+    seed: int = 0
+    """Seed of what is drawn anew."""
+    out: str = default_root("imported")
+    """Folder or s3:// root of the checkpoint; it must hold none."""
+
+    def __post_init__(self) -> None:
+        _require(
+            not (self.weights and self.text_decoder),
+            "--text-decoder is put together with a --vision-tower; --weights bring their own",
+        )
+        _require_at_least(0, self, "image_size", "num_heads", "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Fine-tune or train BLIP on shards. The same command again resumes the run in --out."""
+    """Fine-tune or train a captioner on shards. The same command again resumes the run in --out."""
 
     ROOTS: ClassVar = ("out", "train_shards", "val_shards")
     SOURCES: ClassVar = ("init_from", "tokenizer")  # a folder, or else a hub name
@@ -155,9 +203,9 @@ class TrainConfig:
 
     # Model
     init_from: str = ""
-    """Start weights: a local folder or a hub name in Hugging Face's BLIP layout. Empty: from scratch."""
-    architecture: Literal["tiny", "base"] = "tiny"
-    """Size when starting from scratch: tiny (1.5 M parameters) or base (BLIP's ViT-B); both in patches of 16 pixels."""
+    """Start weights: a local folder or a hub name in Hugging Face's layout. Empty: from scratch."""
+    architecture: Architecture = "blip_tiny"
+    """What to start from scratch, see raycap/models/presets.py; the tiny ones have 1 to 2 million parameters."""
     tokenizer: str = ""
     """Folder or hub name of the tokenizer when starting from scratch. Demo preset: trained on the demo's captions."""
     image_size: int = 64
@@ -299,6 +347,29 @@ TRAIN_PRESETS: dict[str, TrainConfig] = {
         checkpoint_every=500,
     ),
 }
+
+
+def _demo(architecture: Architecture, **values: Any) -> TrainConfig:
+    """The demo's training for another family: as long, on the same shards, into a folder of its own."""
+    name = architecture.removesuffix("_tiny")
+    return replace(TRAIN_PRESETS["demo"], architecture=architecture, out=default_root(f"demo_{name}"), **values)
+
+
+CLIP_GPT2_PRESETS = {"demo": _demo("clip_gpt2_tiny")}
+VIT_GPT2_PRESETS = {
+    "demo": _demo("vit_gpt2_tiny"),
+    # Fine-tuning of the published model on captions like COCO's, as the table of the families does it.
+    "vit_gpt2_coco": replace(
+        TRAIN_PRESETS["blip_base_coco"],
+        out=default_root("vit_gpt2_coco"),
+        init_from="nlpconnect/vit-gpt2-image-captioning",
+        image_size=224,
+        prompt="",
+        label_smoothing=0.0,
+        clean_captions=False,
+    ),
+}
+VGG_LSTM_PRESETS = {"demo": _demo("vgg_lstm_tiny")}
 
 
 @dataclass(frozen=True, kw_only=True)

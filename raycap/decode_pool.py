@@ -353,9 +353,10 @@ class _Child:
         deadline = time.monotonic() + timeout_s
         begun = bytearray(1)
         try:
-            self._send(
-                [memoryview(REQUEST.pack(spec.decode == "fast", spec.size, len(data))), memoryview(data)], deadline
+            request = REQUEST.pack(
+                spec.decode == "fast", spec.resample == "bilinear", spec.fit == "crop", spec.size, len(data)
             )
+            self._send([memoryview(request), memoryview(data)], deadline)
             self._receive(memoryview(begun), deadline)
             header = bytearray(RESPONSE.size)
             self._receive(memoryview(header), deadline)

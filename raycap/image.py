@@ -87,7 +87,10 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-_BICUBIC = ResizeOptions(ResizeAlg.convolution(FilterType.catmull_rom), use_alpha=False)  # a = -0.5, as Pillow's
+_FILTERS = {  # as Pillow's of these names; bicubic with a = -0.5
+    "bicubic": ResizeOptions(ResizeAlg.convolution(FilterType.catmull_rom), use_alpha=False),
+    "bilinear": ResizeOptions(ResizeAlg.convolution(FilterType.bilinear), use_alpha=False),
+}
 
 # What else lies in folders of images, by its first bytes: told apart from what is no image, never parsed.
 _OTHER_FORMATS = {
@@ -121,7 +124,7 @@ def prepare_bytes(data: bytes, spec: ImageSpec) -> Prepared:
     """
     try:
         image, (width, height) = _decode(data, spec.size if spec.decode == "fast" else None)
-        return Prepared(_square(image, spec.size, exact=spec.decode == "exact"), width, height)
+        return Prepared(_square(image, spec, exact=spec.decode == "exact"), width, height)
     except MemoryError as error:
         raise _out_of_memory() from error
 
@@ -315,7 +318,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def prepare_image(image: Pixels, spec: ImageSpec) -> Pixels:
-    """uint8 (3, S, S) of a uint8 RGB (H, W, 3) image: bicubic to a square, as BLIP's own preprocessing squeezes it.
+    """uint8 (3, S, S) of a uint8 RGB (H, W, 3) image, resized and fitted as the spec says.
 
     Raises ImageError for another array, and for one that decode_image would call too thin or too large.
     """
@@ -325,11 +328,11 @@ def prepare_image(image: Pixels, spec: ImageSpec) -> Pixels:
             f"an array of {image.dtype} {image.shape} is no uint8 RGB image (height, width, 3); convert it",
         )
     _check_dimensions(image.shape[1], image.shape[0])
-    return _square(Image.fromarray(image), spec.size)
+    return _square(Image.fromarray(image), spec)
 
 
-def _square(image: Image.Image, size: int, *, exact: bool = True) -> Pixels:
-    """uint8 (3, size, size), contiguous, of an RGB image: within one level of Pillow's bicubic resize, the same anywhere.
+def _square(image: Image.Image, spec: ImageSpec, *, exact: bool = True) -> Pixels:
+    """uint8 (3, S, S), contiguous, of an RGB image: within one level of Pillow's resize, the same anywhere.
 
     Not exact: in half the time, and one value in a thousand differs from that, seen by 2 levels at most.
 
@@ -337,32 +340,42 @@ def _square(image: Image.Image, size: int, *, exact: bool = True) -> Pixels:
     two passes; ours computes that one with 16-bit pixels and weights to match, so what the second pass reads is the same,
     and its error, below 0.1, can only tip the last rounding.
     """
-    width, height = image.size
+    (width, height), size = image.size, spec.size
+    wide, high = size, size
+    if spec.fit == "crop":  # as transformers' CLIPImageProcessor: the longer side is rounded down
+        wide, high = (size, size * height // width) if width <= height else (size * width // height, size)
+    left, top = (wide - size) // 2, (high - size) // 2
     if width * height > MAX_VECTOR_PIXELS:
-        return np.ascontiguousarray(np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1))
+        resized = image.resize((wide, high), Image.Resampling[spec.resample.upper()])
+        cropped = resized.crop((left, top, left + size, top + size))
+        return np.ascontiguousarray(np.asarray(cropped).transpose(2, 0, 1))
+    vector = _FILTERS[spec.resample]
     # What Pillow 13 does: the height first where it is reduced by much more.
-    between = (width, size) if height - size > max(0, 2 * (width - size)) else (size, height)
+    between = (width, high) if height - high > max(0, 2 * (width - wide)) else (wide, height)
     # With a fourth byte: so Pillow holds them, and so vector code is fastest.
     rgbx = image.tobytes("raw", "RGBX")
     if exact:
-        wide = np.frombuffer(rgbx, np.uint8).astype(np.uint16).tobytes()
-        once = np.frombuffer(_resize(wide, image.size, between, PixelType.U16x4), np.uint16)
+        sixteen = np.frombuffer(rgbx, np.uint8).astype(np.uint16).tobytes()
+        once = np.frombuffer(_resize(sixteen, image.size, between, PixelType.U16x4, vector), np.uint16)
         whole = once.astype(np.uint8)
         whole |= -(once > 255).view(np.uint8)  # overshoot becomes 255, as np.minimum does in three times the time
         rgbx = whole.tobytes()
     else:
-        rgbx = _resize(rgbx, image.size, between, PixelType.U8x4)
-    twice = np.frombuffer(_resize(rgbx, between, (size, size), PixelType.U8x4), "<u4").reshape(size, size)
+        rgbx = _resize(rgbx, image.size, between, PixelType.U8x4, vector)
+    twice = np.frombuffer(_resize(rgbx, between, (wide, high), PixelType.U8x4, vector), "<u4").reshape(high, wide)
+    middle = twice[top : top + size, left : left + size]
     pixels = np.empty((3, size, size), np.uint8)
     for channel, shift in enumerate((0, 8, 16)):
-        np.right_shift(twice, shift, out=pixels[channel], casting="unsafe")  # the lowest byte of what is left
+        np.right_shift(middle, shift, out=pixels[channel], casting="unsafe")  # the lowest byte of what is left
     return pixels
 
 
-def _resize(pixels: bytes, size: tuple[int, int], new_size: tuple[int, int], kind: PixelType) -> bytes:
+def _resize(
+    pixels: bytes, size: tuple[int, int], new_size: tuple[int, int], kind: PixelType, options: ResizeOptions
+) -> bytes:
     target = ImageData(*new_size, kind)
     # A Resizer keeps memory of its own, so threads cannot share one; it costs nothing to make.
-    Resizer().resize(ImageData(*size, kind, pixels), target, _BICUBIC)
+    Resizer().resize(ImageData(*size, kind, pixels), target, options)
     resized: bytes = target.get_buffer()
     return resized
 

@@ -47,7 +47,8 @@ class SampleError:
 class ImageSpec:
     """How an image becomes pixel_values. Stored in the checkpoint, so that no door can differ.
 
-    size: side S in pixels; the image is resized to S x S without keeping its aspect (BLIP's `squash`), bicubic.
+    size: side S in pixels. fit: "squash" resizes the image to S x S without keeping its aspect, as BLIP and ViT do; "crop"
+    resizes its shorter side to S and keeps the middle, as CLIP does. resample: the filter of Pillow that both resize with.
     mean, std: per channel (R, G, B), applied on the model's device to pixels scaled to [0, 1].
     decode: "exact" takes every pixel of the file; "fast" lets a JPEG of at least twice S be decoded at a fraction of its size.
     """
@@ -56,20 +57,25 @@ class ImageSpec:
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, as in BLIP's configuration
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     decode: Literal["exact", "fast"] = "exact"
+    resample: Literal["bicubic", "bilinear"] = "bicubic"
+    fit: Literal["squash", "crop"] = "squash"
 
     def __post_init__(self) -> None:
-        if self.decode not in ("exact", "fast"):
-            raise ValueError(
-                f"an image is decoded 'exact' or 'fast', not {self.decode!r}; give one of the two as decode"
-            )
+        allowed = {"decode": ("exact", "fast"), "resample": ("bicubic", "bilinear"), "fit": ("squash", "crop")}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(
+                    f"{name} of an image is {' or '.join(map(repr, values))}, not {getattr(self, name)!r}; give one of the two"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> "ImageSpec":
-        decode = d.get("decode", "exact")  # checkpoints of raycap 0.1.0 do not say
-        return cls(size=int(d["size"]), mean=_triple(d["mean"]), std=_triple(d["std"]), decode=decode)
+        # Fields that older checkpoints lack have their defaults.
+        younger = {name: d[name] for name in ("decode", "resample", "fit") if name in d}
+        return cls(size=int(d["size"]), mean=_triple(d["mean"]), std=_triple(d["std"]), **younger)
 
 
 def _triple(values: Any) -> tuple[float, float, float]:

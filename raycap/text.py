@@ -23,6 +23,7 @@ from raycap import storage
 from raycap.errors import CheckpointError, StorageError
 
 PAD, UNK, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
+END_OF_TEXT = "<|endoftext|>"  # GPT-2's only special token: first, end and padding in one
 DEC, ENC = "[DEC]", "[ENC]"  # BLIP's first tokens of a caption to generate and of a caption to match with an image
 IGNORED = -100  # a label that no loss counts (torch's and Hugging Face's convention)
 
@@ -100,13 +101,19 @@ def train_wordpiece(captions: Iterable[str], max_words: int = 30_000) -> Tokeniz
 
 
 def role_ids(tokenizer: Tokenizer) -> tuple[int, int, int]:
-    """(bos_id, eos_id, pad_id) by name: [DEC], [SEP], [PAD]. Raises CheckpointError if a name is missing."""
+    """(bos_id, eos_id, pad_id) by name: [DEC], [SEP], [PAD], or GPT-2's <|endoftext|> for all three. Raises CheckpointError if
+    a name is missing.
+    """
+    end_of_text = tokenizer.token_to_id(END_OF_TEXT)
+    if end_of_text is not None:
+        return end_of_text, end_of_text, end_of_text
     bos_id, eos_id, pad_id = (tokenizer.token_to_id(token) for token in (DEC, SEP, PAD))
     if bos_id is None or eos_id is None or pad_id is None:
         missing = [token for token in (DEC, SEP, PAD) if tokenizer.token_to_id(token) is None]
         raise CheckpointError(
             f"the tokenizer has no {' and no '.join(missing)} among its {tokenizer.get_vocab_size()} tokens; a model "
-            f"trained from scratch needs [DEC], [SEP] and [PAD], so pass a tokenizer made by train_wordpiece"
+            f"trained from scratch needs [DEC], [SEP] and [PAD], or GPT-2's {END_OF_TEXT}, so pass a tokenizer made by "
+            f"train_wordpiece or GPT-2's"
         )
     return bos_id, eos_id, pad_id
 
@@ -213,24 +220,37 @@ def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 
 
 def save_tokenizer(tokenizer: Tokenizer, spec: TextSpec, folder: str) -> None:
-    """Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json and vocab.txt into a local folder.
+    """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json into a local folder; of a WordPiece tokenizer
+    also vocab.txt, of a byte-level BPE vocab.json and merges.txt.
 
-    transformers loads it with equal ids (AutoTokenizer, BertTokenizer); tokenizer.json alone is what raycap reads.
+    transformers loads it with equal ids (AutoTokenizer, BertTokenizer, GPT2Tokenizer); tokenizer.json alone is what raycap
+    reads.
     """
-    roles = {"unk_token": UNK, "sep_token": SEP, "cls_token": CLS, "mask_token": MASK}
+    wordpiece, bpe = (isinstance(tokenizer.model, kind) for kind in (models.WordPiece, models.BPE))
+    names = {"unk_token": UNK, "sep_token": SEP, "cls_token": CLS, "mask_token": MASK} if wordpiece else {}
+    roles = {role: token for role, token in names.items() if tokenizer.token_to_id(token) is not None}
     for role, token_id in (("bos_token", spec.bos_id), ("eos_token", spec.eos_id), ("pad_token", spec.pad_id)):
         if (token := tokenizer.id_to_token(token_id)) is not None:  # BLIP's published tokenizers do not name [DEC]
             roles[role] = token
+    if bpe:
+        roles["unk_token"] = roles.get("eos_token", END_OF_TEXT)  # GPT2Tokenizer wants one; bytes need none
     special = {**roles, "additional_special_tokens": [ENC] if tokenizer.token_to_id(ENC) is not None else []}
-    config = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512, **special}
-    vocab = tokenizer.get_vocab(with_added_tokens=True)
+    kind = "BertTokenizer" if wordpiece else "GPT2Tokenizer" if bpe else "PreTrainedTokenizerFast"
+    config = {"tokenizer_class": kind, "model_max_length": 512 if wordpiece else 1024, **special}
+    if wordpiece:
+        config["do_lower_case"] = True
     for name, content in (
         ("tokenizer.json", tokenizer.to_str(pretty=True)),
         ("tokenizer_config.json", json.dumps(config, indent=2)),
         ("special_tokens_map.json", json.dumps(special, indent=2)),
-        ("vocab.txt", "\n".join(sorted(vocab, key=vocab.__getitem__))),
     ):
         (Path(folder) / name).write_text(content + "\n", encoding="utf-8")
+    if wordpiece:
+        vocab = tokenizer.get_vocab(with_added_tokens=True)
+        text = "\n".join(sorted(vocab, key=vocab.__getitem__)) + "\n"
+        (Path(folder) / "vocab.txt").write_text(text, encoding="utf-8")
+    if bpe:
+        tokenizer.model.save(folder)
 
 
 def load_tokenizer(source: str) -> Tokenizer:

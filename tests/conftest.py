@@ -171,8 +171,8 @@ def undisturbed(demo: Demo, ray_cluster: str, tmp_path_factory: pytest.TempPathF
     """The small run, run to its end."""
     from training_runs import small_run
 
-    from raycap.training.driver import train_blip
+    from raycap.training.driver import train_captioner
 
     config = small_run(demo, str(tmp_path_factory.mktemp("undisturbed") / "run"))
-    train_blip(config)
+    train_captioner(config)
     return config

@@ -4,16 +4,20 @@ Hugging Face layout plus raycap.json, which is written last and names every file
 sharded state is not in here: it lies apart and serves only to resume training.
 """
 
+from raycap.checkpoint.layout import complete_config, fresh_config
 from raycap.checkpoint.published import import_published, open_checkpoint
 from raycap.checkpoint.sealed import SEAL, load_checkpoint, save_checkpoint
 from raycap.checkpoint.spec import CheckpointSpec
-from raycap.checkpoint.weights import Weights, export_weights, load_model
+from raycap.checkpoint.weights import Weights, export_weights, file_names, load_model
 
 __all__ = [
     "SEAL",
     "CheckpointSpec",
     "Weights",
+    "complete_config",
     "export_weights",
+    "file_names",
+    "fresh_config",
     "import_published",
     "load_checkpoint",
     "load_model",

@@ -1,6 +1,5 @@
 """Folders in Hugging Face's layout, sealed or not: what every door and --init-from open. No code of a folder ever runs."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -8,14 +7,12 @@ from typing import Any
 
 from raycap import storage
 from raycap.checkpoint.folder import local_copy, read_json, sha256_of_file, sha256_of_json
+from raycap.checkpoint.layout import complete_config, read_decode_settings, read_image_spec, read_text_spec, with_pooler
 from raycap.checkpoint.sealed import SEAL, load_checkpoint
 from raycap.checkpoint.spec import CheckpointSpec, check_spec
 from raycap.checkpoint.weights import INDEX, Weights, read_weights, weight_files
 from raycap.errors import CheckpointError
-from raycap.schema import DecodeSettings, ImageSpec
-from raycap.text import TextSpec, load_tokenizer
-
-MAX_TOKENS = 40  # of a caption to train on: BLIP's (salesforce/BLIP, models/blip.py, forward)
+from raycap.text import load_tokenizer
 
 
 def open_checkpoint(source: str, *, prompt: str = "") -> tuple[CheckpointSpec, Weights]:
@@ -36,10 +33,7 @@ def import_published(source: str, *, prompt: str, max_tokens: int) -> tuple[Chec
 
 def _open(source: str, text: Mapping[str, Any]) -> tuple[CheckpointSpec, Weights]:
     """text: fields of TextSpec that the caller has instead of the checkpoint's."""
-    root = source
-    if not storage.is_url(source):
-        path = Path(source).expanduser()
-        root = str(path.absolute()) if path.exists() else _download_from_hub(source)
+    root = source if storage.is_url(source) else str(local_folder(source))
     if storage.exists(storage.join(root, SEAL)):
         spec, weights = load_checkpoint(root)
     else:
@@ -48,99 +42,30 @@ def _open(source: str, text: Mapping[str, Any]) -> tuple[CheckpointSpec, Weights
     return replace(spec, text=replace(spec.text, **text)), weights
 
 
+def local_folder(source: str) -> Path:
+    """The folder of a path, or where the hub's files of that name lie after their download. Raises CheckpointError."""
+    path = Path(source).expanduser()
+    return path.absolute() if path.exists() else Path(_download_from_hub(source))
+
+
 def _read_published(folder: Path, source: str) -> tuple[CheckpointSpec, Weights]:
-    config = read_json(folder / "config.json", source)
-    if config.get("model_type") != "blip":
-        raise CheckpointError(
-            f"{source!r} holds a model of type {config.get('model_type')!r}; raycap imports 'blip'; choose such a folder"
-        )
-    if "auto_map" in config:
-        raise CheckpointError(
-            f"config.json of {source!r} names code of its own (auto_map: {config['auto_map']!r}), which raycap does not run; choose "
-            f"a folder of transformers' own BLIP"
-        )
-    model_config = _complete(config, source)
-    text_config = model_config["text_config"]
-    preprocessor, image = _image_spec(folder, source)
+    model_config = complete_config(read_json(folder / "config.json", source), source)
+    preprocessor, image = read_image_spec(folder, source)
     weight_names, weight_map = weight_files(folder, source)
     read = ["config.json", "tokenizer.json", preprocessor, *([INDEX] if weight_map else []), *weight_names]
     spec = CheckpointSpec(
-        kind="blip",
+        kind=model_config["model_type"],
         model_config=model_config,
         tokenizer=load_tokenizer(str(folder)),
-        text=TextSpec(
-            prompt="",
-            max_tokens=MAX_TOKENS,
-            bos_id=text_config["bos_token_id"],
-            eos_id=text_config["sep_token_id"],  # BLIP ends captions with [SEP]; its eos_token_id is a left-over
-            pad_id=text_config["pad_token_id"],
-        ),
+        text=read_text_spec(model_config, source),
         image=image,
-        decode=_decode_settings(folder, source),
+        decode=read_decode_settings(folder, source),
         verified=False,
         fingerprint=sha256_of_json({name: sha256_of_file(folder / name) for name in read}),
     )
     check_spec(spec, source)
-    return spec, read_weights([folder / name for name in weight_names], source, weight_map)
-
-
-def _complete(config: dict[str, Any], source: str) -> dict[str, Any]:
-    """The config with the defaults that older exports leave out."""
-    from transformers import BlipConfig
-
-    try:
-        complete: dict[str, Any] = BlipConfig.from_dict(config).to_dict()
-    except Exception as error:  # its checks raise a dozen types
-        raise CheckpointError(
-            f"config.json of {source!r} is no configuration of BLIP ({' '.join(str(error).split())}); copy it again"
-        ) from error
-    return complete
-
-
-def _image_spec(folder: Path, source: str) -> tuple[str, ImageSpec]:
-    """The file that says how images are prepared, and what it says.
-
-    It is preprocessor_config.json, or processor_config.json, where transformers 5 puts it.
-    """
-    name = "preprocessor_config.json"
-    image = None
-    if not (folder / name).exists() and (folder / "processor_config.json").exists():
-        name = "processor_config.json"
-        image = read_json(folder / name, source).get("image_processor")
-    image = image if isinstance(image, dict) else read_json(folder / name, source)
-    size = image.get("size")
-    if isinstance(size, dict) and size.get("height") == size.get("width"):
-        size = size.get("height")
-    if not isinstance(size, int) or not {"image_mean", "image_std"} <= image.keys():
-        raise CheckpointError(
-            f"{name} of {source!r} has no square size, image_mean and image_std (size: {image.get('size')!r}); raycap resizes "
-            f"images to a square: choose a folder of BLIP's own preprocessing"
-        )
-    ours = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_center_crop": False, "resample": 3}
-    others = {key: image[key] for key, value in ours.items() if image.get(key) not in (None, value)}
-    if not math.isclose(image.get("rescale_factor") or 1 / 255, 1 / 255, rel_tol=1e-6):
-        others["rescale_factor"] = image["rescale_factor"]
-    if others:
-        raise CheckpointError(
-            f"{name} of {source!r} asks for {others}; raycap resizes to a square, bicubic, scales by 1/255 and normalises: choose a "
-            f"folder of BLIP's own preprocessing"
-        )
-    try:
-        return name, ImageSpec.from_dict({"size": size, "mean": image["image_mean"], "std": image["image_std"]})
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"image_mean and image_std in {name} of {source!r} are not three numbers each ({error}); copy it again"
-        ) from error
-
-
-def _decode_settings(folder: Path, source: str) -> DecodeSettings:
-    name = "generation_config.json"
-    given = read_json(folder / name, source) if (folder / name).exists() else {}
-    keys = ("max_new_tokens", "min_new_tokens", "num_beams", "length_penalty")
-    try:
-        return DecodeSettings(**{key: given[key] for key in keys if given.get(key) is not None})
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{name} of {source!r} cannot be followed: {error}; correct it there") from error
+    weights = read_weights([folder / name for name in weight_names], source, weight_map)
+    return replace(spec, model_config=with_pooler(model_config, weights)), weights
 
 
 def _download_from_hub(name: str) -> str:

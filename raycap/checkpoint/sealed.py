@@ -9,6 +9,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from raycap.checkpoint.folder import local_copy, new_folder, read_json, sha256_of_file, sha256_of_json, write_json
+from raycap.checkpoint.layout import code_files, hugging_face_files
 from raycap.checkpoint.spec import CheckpointSpec, check_spec
 from raycap.checkpoint.weights import WHOLE, Weights, read_weights
 from raycap.errors import CheckpointError
@@ -29,8 +30,10 @@ def save_checkpoint(root: str, weights: Weights, spec: CheckpointSpec, info: Map
         save_file({k: v.contiguous() for k, v in weights.items()}, folder / WHOLE, metadata={"format": "pt"})
         (folder / WHOLE).chmod(0o644)  # the library writes 0600, which locks out others on shared storage
         save_tokenizer(spec.tokenizer, spec.text, str(folder))
-        for name, content in _hugging_face_files(spec).items():
+        for name, content in hugging_face_files(spec).items():
             write_json(folder / name, content)
+        for name, text in code_files(spec).items():
+            (folder / name).write_text(text, encoding="utf-8")
         (folder / "README.md").write_text(_model_card(spec, info))
         files = {p.name: {"size": p.stat().st_size, "sha256": sha256_of_file(p)} for p in sorted(folder.iterdir())}
         seal = {
@@ -100,40 +103,6 @@ def _verify(folder: Path, files: Mapping[str, Mapping[str, Any]], root: str) -> 
             raise CheckpointError(
                 f"checkpoint {root!r} is damaged: {name!r} is not the file its {SEAL} names by size and sha256; copy it again"
             )
-
-
-def _hugging_face_files(spec: CheckpointSpec) -> dict[str, dict[str, Any]]:
-    """The JSON files plain transformers reads, v4 and v5."""
-    image = {
-        "image_processor_type": "BlipImageProcessor",
-        "processor_class": "BlipProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "do_rescale": True,
-        "do_normalize": True,
-        "size": {"height": spec.image.size, "width": spec.image.size},
-        "resample": 3,  # bicubic
-        "rescale_factor": 1 / 255,
-        "image_mean": list(spec.image.mean),
-        "image_std": list(spec.image.std),
-    }
-    generation: dict[str, Any] = {
-        "bos_token_id": spec.text.bos_id,
-        "eos_token_id": spec.text.eos_id,
-        "pad_token_id": spec.text.pad_id,
-        "max_new_tokens": spec.decode.max_new_tokens,
-        "num_beams": spec.decode.num_beams,
-    }
-    if spec.decode.min_new_tokens:
-        generation["min_new_tokens"] = spec.decode.min_new_tokens
-    if spec.decode.num_beams > 1:  # transformers warns of settings that its search does not use
-        generation |= {"length_penalty": spec.decode.length_penalty, "early_stopping": False}
-    return {
-        "config.json": spec.model_config | {"architectures": ["BlipForConditionalGeneration"], "model_type": spec.kind},
-        "generation_config.json": generation,
-        "preprocessor_config.json": image,
-        "processor_config.json": {"processor_class": "BlipProcessor", "image_processor": image},
-    }
 
 
 def _model_card(spec: CheckpointSpec, info: Mapping[str, Any]) -> str:

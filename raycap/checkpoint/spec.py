@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from raycap.errors import CheckpointError
-from raycap.models import KINDS
+from raycap.models import KINDS, ModelSizes, model_sizes
 from raycap.schema import DecodeSettings, ImageSpec
 from raycap.text import TextSpec, prompt_ids
 
@@ -22,7 +22,20 @@ LARGEST = {
     "max_position_embeddings": 65_536,
     "image_size": 4_096,
     "patch_size": 4_096,
+    "projection_dim": 16_384,
+    "embedding_size": 16_384,
+    "n_embd": 16_384,
+    "n_inner": 65_536,
+    "n_layer": 256,
+    "n_head": 256,
+    "n_positions": 65_536,
+    "prefix_length": 4_096,
+    "clip_length": 4_096,
+    "num_mapper_layers": 256,
+    "num_mapper_heads": 256,
+    "vgg_fc_size": 65_536,
 }
+HEADS = (("hidden_size", "num_attention_heads"), ("n_embd", "n_head"))  # a width, and what it is divided by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +57,10 @@ class CheckpointSpec:
     info: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def sizes(self) -> ModelSizes:
+        return model_sizes(self.kind, self.model_config)
+
+    @property
     def num_prompt_tokens(self) -> int:
         """Of the prompt, the first token of every text included."""
         return len(prompt_ids(self.tokenizer, self.text))
@@ -51,7 +68,7 @@ class CheckpointSpec:
     @property
     def most_new_tokens(self) -> int | None:
         """The longest caption behind the prompt, in tokens; None for a model without a bound."""
-        num_positions: int | None = self.model_config.get("text_config", {}).get("max_position_embeddings")
+        num_positions = self.sizes.num_positions
         # The last token that is generated is never read.
         return None if num_positions is None else num_positions + 1 - self.num_prompt_tokens
 
@@ -86,29 +103,33 @@ def check_spec(spec: CheckpointSpec, source: str) -> None:
             raise CheckpointError(
                 f"config.json of {source!r} asks for {name} = {value!r}, which is no number from 1 to {largest}; copy it again"
             )
-    text, vision = spec.model_config["text_config"], spec.model_config["vision_config"]
-    for name, part in (("text_config", text), ("vision_config", vision)):
-        if part["hidden_size"] % part["num_attention_heads"]:
-            raise CheckpointError(
-                f"config.json of {source!r} divides {name}.hidden_size = {part['hidden_size']} by num_attention_heads = "
-                f"{part['num_attention_heads']}, which leaves a rest; copy it again"
-            )
+    for name, part in {"": spec.model_config, **spec.model_config}.items():
+        for width, heads in HEADS:
+            if isinstance(part, dict) and {width, heads} <= part.keys() and part[width] % part[heads]:
+                raise CheckpointError(
+                    f"config.json of {source!r} divides {name}.{width} = {part[width]} by {heads} = {part[heads]}, which leaves a "
+                    f"rest; copy it again"
+                )
+    try:
+        sizes = spec.sizes
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"config.json of {source!r} lacks {error}; copy it again") from error
     roles = {"first": spec.text.bos_id, "end": spec.text.eos_id, "padding": spec.text.pad_id}
     for name, token_id in roles.items():
-        if not isinstance(token_id, int) or not 0 <= token_id < text["vocab_size"]:
+        if not isinstance(token_id, int) or not 0 <= token_id < sizes.vocab_size:
             raise CheckpointError(
-                f"the {name} token of {source!r} has id {token_id!r}, outside text_config.vocab_size = {text['vocab_size']}; "
-                f"check its config.json"
+                f"the {name} token of {source!r} has id {token_id!r}, outside its vocab_size = {sizes.vocab_size}; check its "
+                f"config.json"
             )
-    if spec.tokenizer.get_vocab_size() > text["vocab_size"]:
+    if spec.tokenizer.get_vocab_size() > sizes.vocab_size:
         raise CheckpointError(
             f"tokenizer.json of {source!r} has {spec.tokenizer.get_vocab_size()} tokens, its config.json a vocab_size of "
-            f"{text['vocab_size']}; check that both files are of the same model"
+            f"{sizes.vocab_size}; check that both files are of the same model"
         )
-    if spec.image.size != vision["image_size"] or spec.image.size % vision["patch_size"]:
+    if spec.image.size != sizes.image_size or spec.image.size % sizes.patch_size:
         raise CheckpointError(
-            f"{source!r} prepares images of {spec.image.size} pixels for a vision tower of {vision['image_size']} pixels in patches of "
-            f"{vision['patch_size']}; check preprocessor_config.json and config.json"
+            f"{source!r} prepares images of {spec.image.size} pixels for a vision tower of {sizes.image_size} pixels in patches of "
+            f"{sizes.patch_size}; check preprocessor_config.json and config.json"
         )
 
 
@@ -116,6 +137,7 @@ def _sizes(config: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any]]:
     """(dotted name, value) of every size in a config and its parts."""
     for key, value in config.items():
         if key in LARGEST:
-            yield above + key, value
+            if value is not None or key != "n_inner":  # GPT-2's own default: four times its width
+                yield above + key, value
         elif isinstance(value, dict):
             yield from _sizes(value, f"{above}{key}.")

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from raycap.checkpoint.folder import read_json
 from raycap.checkpoint.spec import CheckpointSpec, check_spec
 from raycap.errors import CheckpointError
 from raycap.models import CaptionModel, build_model
+from raycap.models.gpt2 import MASK_BUFFER
+from raycap.models.vit_gpt2 import VitGpt2
 
 Weights = Mapping[str, Tensor]
 WHOLE = "model.safetensors"
@@ -74,8 +76,14 @@ def load_model(spec: CheckpointSpec, weights: Weights, source: str) -> CaptionMo
         outline = _built(spec, source)
     own = dict(outline.named_parameters(remove_duplicate=False)) | dict(outline.named_buffers())
     own = {name: own[name] for name in outline.state_dict()}
-    # Older exports carry position_ids, which are no weights; tied tensors may be stored under one of their names only.
-    given = {name: tensor for name, tensor in weights.items() if not name.endswith("position_ids")}
+    in_model = {in_file: name for name, in_file in file_names(outline).items()}
+    # Older exports carry position_ids and causal masks, which are no weights; tied tensors may be stored under one of their
+    # names only.
+    given = {
+        in_model.get(name, name): tensor
+        for name, tensor in weights.items()
+        if not name.endswith("position_ids") and not MASK_BUFFER.search(name)
+    }
     found = {id(tensor) for name, tensor in own.items() if name in given}
     missing = [name for name, tensor in own.items() if id(tensor) not in found]
     unknown = [name for name in given if name not in own]
@@ -114,14 +122,31 @@ class _Uninitialised(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         module, name = getattr(func, "__module__", ""), getattr(func, "__name__", "")
+        if name in ("normal_", "uniform_") and args and not args[0].is_meta:
+            with torch.no_grad():  # trunc_normal_ draws again until all values lie within its bounds
+                return args[0].zero_()
         if module == "torch.nn.init" or name in ("normal_", "uniform_"):
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
 
 
-def export_weights(state: Weights) -> dict[str, Tensor]:
-    """fp32 CPU copies of a state dict, each shared tensor once under its first name, as safetensors wants it."""
+def file_names(model: nn.Module) -> dict[str, str]:
+    """The name of each entry of a model's state dict -> its name in the files of a checkpoint.
+
+    They differ where transformers renames a tower's parameters when it reads and writes them.
+    """
+    names: dict[str, str] = (
+        model.published_names() if isinstance(model, VitGpt2) else {n: n for n in model.state_dict()}
+    )
+    return names
+
+
+def export_weights(model: nn.Module) -> dict[str, Tensor]:
+    """fp32 CPU copies of a model's weights by their names in files, each shared tensor once under its first name, as safetensors
+    wants it.
+    """
+    state, names = model.state_dict(), file_names(model)
     seen: dict[tuple[int, torch.Size], str] = {}
     for name, tensor in state.items():
         seen.setdefault((tensor.data_ptr(), tensor.shape), name)
-    return {name: state[name].detach().to("cpu", torch.float32, copy=True) for name in seen.values()}
+    return {names[name]: state[name].detach().to("cpu", torch.float32, copy=True) for name in seen.values()}

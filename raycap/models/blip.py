@@ -1,6 +1,7 @@
 """BLIP captioning (Li et al. 2022, arXiv:2201.12086): a ViT, and a BERT decoder that reads it by cross-attention.
 
-Owns the network, its caches and its loss. Does not own the search (raycap/decoding) or files (raycap/checkpoint.py).
+Owns the network. Does not own its caches (cache.py), the sum of its loss (loss.py), the search (raycap/decoding) or
+files (raycap/checkpoint).
 Parameter names are those of transformers' BlipForConditionalGeneration, so weights move both ways untouched, and the
 tests hold it equal. What differs is where the work is done: attention is torch's scaled_dot_product_attention, and the
 rows of one image (its captions in training, its beams in decoding) share one vision pass and one set of cross-attention
@@ -11,77 +12,30 @@ DeepSpeed ZeRO-3 gathers parameters in forward hooks.
 
 Shape suffixes: B images, N text rows (image i owns rows i*k .. i*k+k-1, k = N // B), L text length, P prompt length,
 M text positions with a target, V vocabulary, D width of the text decoder, E width of the vision tower, T image tokens,
-H heads, K width of a head, C capacity of a cache, S side of the image in pixels.
+H heads, K width of a head, S side of the image in pixels.
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raycap.models.cache import ImageState, TextState, check_rows
+from raycap.models.loss import summed_token_loss
+
 if TYPE_CHECKING:
     from transformers import BlipConfig, BlipTextConfig, BlipVisionConfig
 
-IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's default ignore_index
 TIED_NAMES = {  # second name of a parameter -> its first; both are in a state dict, the first alone in safetensors
     "text_decoder.cls.predictions.decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight",
     "text_decoder.cls.predictions.decoder.bias": "text_decoder.cls.predictions.bias",
 }
-CACHE_GROWTH = 32  # slots; a COCO caption with its prompt and end token fits into the first allocation
 
 
-@dataclass
-class ImageState:
-    """What text rows look at: the vision tower's output, and the keys and values each text layer makes of it."""
-
-    states_BTE: Tensor
-    # By (layer, grad mode): captions sampled under no_grad must not leave keys without a graph for a later loss.
-    cross: dict[tuple[int, bool], tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def select(self, images: Tensor) -> "ImageState":
-        """A new state for decoding, of the images at these positions, in this order."""
-        decoding = {key: value for key, value in self.cross.items() if not key[1]}
-        cross = {key: (keys[images], values[images]) for key, (keys, values) in decoding.items()}
-        return ImageState(self.states_BTE[images], cross)
-
-
-class BlipDecodeState:
-    """The text so far of N = B * beams rows, as self-attention keys and values, and the image state they share."""
-
-    def __init__(self, image: ImageState, num_layers: int) -> None:
-        self.image = image
-        self.num_rows = image.states_BTE.shape[0]
-        self.length = 0
-        self._num_layers = num_layers
-        self._cache: Tensor | None = None  # (layer, key or value, N, H, C, K)
-
-    def append(self, layer: int, key_NHLK: Tensor, value_NHLK: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of every position so far, these included. `length` moves on when all layers have appended."""
-        N, H, L, K = key_NHLK.shape
-        end = self.length + L
-        if self._cache is None or end > self._cache.shape[4]:
-            grown = key_NHLK.new_empty(self._num_layers, 2, N, H, -(-end // CACHE_GROWTH) * CACHE_GROWTH, K)
-            if self._cache is not None:
-                grown[..., : self.length, :] = self._cache[..., : self.length, :]
-            self._cache = grown
-        self._cache[layer, 0, :, :, self.length : end] = key_NHLK
-        self._cache[layer, 1, :, :, self.length : end] = value_NHLK
-        return self._cache[layer, 0, :, :, :end], self._cache[layer, 1, :, :, :end]
-
-    def reorder(self, index_N: Tensor) -> None:
-        """Row r goes on from the text of row index_N[r], which must belong to the same image."""
-        self.num_rows = len(index_N)
-        if self._cache is not None:
-            self._cache = self._cache.index_select(2, index_N)
-
-    def keep(self, images: Tensor) -> None:
-        """Drop every image but those at these positions, with all their rows. start()'s image state is untouched."""
-        rows = torch.arange(self.num_rows, device=images.device).view(self.image.states_BTE.shape[0], -1)[images]
-        self.image = self.image.select(images)
-        self.reorder(rows.flatten())
+class BlipDecodeState(TextState[ImageState]):
+    """What start() returns and step() continues."""
 
 
 class VisionEmbeddings(nn.Module):
@@ -204,13 +158,12 @@ class SelfAttention(TextAttention):
 
 class CrossAttention(TextAttention):
     def forward(self, hidden_NLD: Tensor, image: ImageState) -> Tensor:
-        cached = (self.layer, torch.is_grad_enabled())
-        if cached not in image.cross:
-            image.cross[cached] = (self.heads(self.key(image.states_BTE)), self.heads(self.value(image.states_BTE)))
-        key_BHTK, value_BHTK = image.cross[cached]
+        key_BHTK, value_BHTK = image.keys_values(
+            self.layer, lambda states_BTE: (self.heads(self.key(states_BTE)), self.heads(self.value(states_BTE)))
+        )
         query_NLD: Tensor = self.query(hidden_NLD)
         # No mask and no positions here: the rows of an image are simply more queries, (N, L) -> (B, k * L).
-        folded = query_NLD.reshape(len(image.states_BTE), -1, query_NLD.shape[-1])
+        folded = query_NLD.reshape(image.num_images, -1, query_NLD.shape[-1])
         return self.attend(self.heads(folded), key_BHTK, value_BHTK, is_causal=False).view_as(query_NLD)
 
 
@@ -272,11 +225,7 @@ class TextBody(nn.Module):
 
     def forward(self, ids_NL: Tensor, image: ImageState, text: BlipDecodeState | None = None) -> Tensor:
         """hidden_NLD. With `text`, ids_NL continues it and is appended to it."""
-        if len(ids_NL) % len(image.states_BTE):
-            raise ValueError(
-                f"every image needs the same number of text rows, got {len(ids_NL)} rows for "
-                f"{len(image.states_BTE)} images"
-            )
+        check_rows(len(ids_NL), image)
         start = 0 if text is None else text.length
         hidden_NLD: Tensor = self.encoder(self.embeddings(ids_NL, start), image, text)
         if text is not None:
@@ -331,14 +280,8 @@ class Blip(nn.Module):
 
     def loss(self, state: ImageState, input_ids_NL: Tensor, labels_NL: Tensor) -> tuple[Tensor, Tensor]:
         # Position l predicts the label of l + 1. Attention is causal, so padding on the right is seen by no target.
-        targets_NL = labels_NL[:, 1:]
-        is_target_NL = targets_NL != IGNORED_LABEL
         hidden_NLD = self.text_decoder.bert(input_ids_NL[:, :-1], state)
-        logits_MV = self.text_decoder.cls(hidden_NLD[is_target_NL])  # M = 0 gives loss 0 and zero gradients everywhere
-        loss = F.cross_entropy(
-            logits_MV, targets_NL[is_target_NL], reduction="sum", label_smoothing=self.label_smoothing
-        )
-        return loss, is_target_NL.sum()
+        return summed_token_loss(self.text_decoder.cls, hidden_NLD, labels_NL[:, 1:], self.label_smoothing)
 
     def forward(self, pixel_values_B3SS: Tensor, input_ids_NL: Tensor, labels_NL: Tensor) -> tuple[Tensor, Tensor]:
         return self.loss(self.encode_image(pixel_values_B3SS), input_ids_NL, labels_NL)
@@ -346,7 +289,7 @@ class Blip(nn.Module):
     @torch.no_grad()
     def start(self, state: ImageState, prompt_ids_P: Tensor, beams: int = 1) -> BlipDecodeState:
         text = BlipDecodeState(state, len(self.text_decoder.bert.encoder.layer))
-        B = len(state.states_BTE)
+        B = state.num_images
         if len(prompt_ids_P) > 1:
             self.text_decoder.bert(prompt_ids_P[:-1].expand(B, -1), state, text)
         text.reorder(torch.arange(B, device=prompt_ids_P.device).repeat_interleave(beams))

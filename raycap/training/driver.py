@@ -38,7 +38,7 @@ NEUTRAL_FIELDS = (
 FREE_FIELDS = (*NEUTRAL_FIELDS, "lr", "clip_norm")
 
 
-def train_blip(config: TrainConfig) -> None:
+def train_captioner(config: TrainConfig) -> None:
     """Trains to the end, resuming what is in config.out. Raises UserError before anything ran, TrainingError after."""
     config = _with_demo(config)
     build_start(config)  # a wrong folder or size is found here, before shards are indexed, not by every worker

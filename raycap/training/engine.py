@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from raycap.checkpoint import export_weights
+from raycap.checkpoint import export_weights, file_names
 from raycap.config import TrainConfig, compute_dtype
 from raycap.training.reshard import check_state, read_share
 
@@ -84,7 +84,7 @@ class PlainEngine:
         return [value]
 
     def weights(self) -> Mapping[str, Tensor]:
-        return export_weights(self.module.state_dict())
+        return export_weights(self.module)
 
     def save_state(self, folder: Path) -> None:
         torch.save({"module": self.module.state_dict(), "optimizer": self._optimizer.state_dict()}, folder / "plain.pt")
@@ -166,7 +166,7 @@ class DeepSpeedEngine:
     def weights(self) -> Mapping[str, Tensor]:
         """fp32 CPU copies on rank 0, nothing elsewhere. Every rank must call it: ZeRO-3 gathers what it sharded."""
         if self.stage < 3:
-            return export_weights(self.module.state_dict()) if self.rank == 0 else {}
+            return export_weights(self.module) if self.rank == 0 else {}
         import deepspeed
 
         copies: dict[str, Tensor] = {}
@@ -178,7 +178,8 @@ class DeepSpeedEngine:
             copies |= {
                 name: buffer.cpu() for name, buffer in self.module.named_buffers() if name in self.module.state_dict()
             }
-        return copies
+        names = file_names(self.module)
+        return {names[name]: tensor for name, tensor in copies.items()}
 
     def save_state(self, folder: Path) -> None:
         """This rank's files of the sharded state; every rank must call it."""
@@ -213,9 +214,10 @@ def avoid_compilers_on_cpu() -> None:
 
 
 def build_optimizer(module: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only, as BERT and ViT recipes have it."""
-    decayed = [p for p in module.parameters() if p.ndim >= 2]
-    plain = [p for p in module.parameters() if p.ndim < 2]
+    """AdamW with weight decay on matrices only, as BERT and ViT recipes have it. Frozen parameters are none of its."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim >= 2]
+    plain = [p for p in trained if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, fused=device.type == "cuda")
 

@@ -6,19 +6,13 @@ from typing import Any
 import torch
 
 from raycap import storage
-from raycap.checkpoint import CheckpointSpec, import_published, load_model
+from raycap.checkpoint import CheckpointSpec, complete_config, fresh_config, import_published, load_model
 from raycap.config import TrainConfig
 from raycap.errors import UserError
-from raycap.models import CaptionModel, build_model
-from raycap.schema import DecodeSettings, ImageSpec
+from raycap.models import CaptionModel, build_model, model_sizes
+from raycap.models.presets import IMAGES, PRESETS
+from raycap.schema import DecodeSettings
 from raycap.text import TextSpec, load_tokenizer, role_ids
-
-# vision and text widths, layers, heads and patch size; the feed-forward width is four times the model's, as in ViT and BERT.
-# base is BLIP's ViT-B (Hugging Face's default BlipConfig).
-ARCHITECTURES: dict[str, dict[str, int]] = {
-    "tiny": {"width": 128, "vision_layers": 4, "text_layers": 2, "heads": 4, "patch_size": 16},
-    "base": {"width": 768, "vision_layers": 12, "text_layers": 12, "heads": 12, "patch_size": 16},
-}
 
 
 def build_start(config: TrainConfig) -> tuple[CheckpointSpec, CaptionModel]:
@@ -45,40 +39,15 @@ def build_start(config: TrainConfig) -> tuple[CheckpointSpec, CaptionModel]:
 
 def _fresh_spec(config: TrainConfig) -> CheckpointSpec:
     tokenizer = load_tokenizer(config.tokenizer)
-    size = ARCHITECTURES[config.architecture]
-    if config.image_size % size["patch_size"]:
+    preset = PRESETS[config.architecture]
+    kind = preset["model_type"]
+    patch_size = model_sizes(kind, preset).patch_size
+    if config.image_size % patch_size:
         raise UserError(
-            f"--image-size {config.image_size} is no multiple of the patch size {size['patch_size']} of --architecture "
+            f"--image-size {config.image_size} is no multiple of the patch size {patch_size} of --architecture "
             f"{config.architecture}; choose one that is"
         )
     bos_id, eos_id, pad_id = role_ids(tokenizer)
-    from transformers import BlipConfig
-
-    shared = {
-        "hidden_size": size["width"],
-        "intermediate_size": 4 * size["width"],
-        "num_attention_heads": size["heads"],
-    }
-    model = BlipConfig(
-        vision_config={
-            **shared,
-            "num_hidden_layers": size["vision_layers"],
-            "patch_size": size["patch_size"],
-            "image_size": config.image_size,
-            "initializer_range": 0.02,  # timm's ViT; Hugging Face's default for BLIP is 1e-10, a tower that sees nothing
-        },
-        text_config={
-            **shared,
-            "num_hidden_layers": size["text_layers"],
-            "encoder_hidden_size": size["width"],
-            "vocab_size": tokenizer.get_vocab_size(),
-            "max_position_embeddings": max(64, config.max_tokens + config.max_new_tokens),
-            "bos_token_id": bos_id,
-            "eos_token_id": eos_id,
-            "sep_token_id": eos_id,
-            "pad_token_id": pad_id,
-        },
-    )
     text = TextSpec(
         prompt=config.prompt,
         bos_id=bos_id,
@@ -87,12 +56,19 @@ def _fresh_spec(config: TrainConfig) -> CheckpointSpec:
         max_tokens=config.max_tokens,
         clean=config.clean_captions,
     )
+    fresh = fresh_config(
+        preset,
+        vocab_size=tokenizer.get_vocab_size(),
+        num_positions=max(64, config.max_tokens + config.max_new_tokens),
+        text=text,
+        image_size=config.image_size,
+    )
     return CheckpointSpec(
-        kind="blip",
-        model_config=_with_smoothing(model.to_dict(), config),
+        kind=kind,
+        model_config=_with_smoothing(complete_config(fresh, f"--architecture {config.architecture}"), config),
         tokenizer=tokenizer,
         text=text,
-        image=ImageSpec(size=config.image_size, decode=config.decode),
+        image=replace(IMAGES[kind], size=config.image_size, decode=config.decode),
         decode=_decode(config),
     )
 
@@ -102,8 +78,10 @@ def _decode(config: TrainConfig) -> DecodeSettings:
 
 
 def _with_smoothing(model_config: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
-    text = model_config["text_config"] | {"label_smoothing": config.label_smoothing}
-    return model_config | {"text_config": text}
+    part = {"blip": "text_config", "clip_gpt2": "text_config", "vision-encoder-decoder": "decoder"}
+    smoothing = {"label_smoothing": config.label_smoothing}
+    name = part.get(model_config["model_type"])
+    return model_config | ({name: model_config[name] | smoothing} if name else smoothing)
 
 
 def state_root(config: TrainConfig) -> str:

@@ -41,7 +41,7 @@ def _write(folder: Path) -> None:
     from raycap.checkpoint import export_weights, save_checkpoint
 
     spec, model, _ = tiny_checkpoint()
-    save_checkpoint(str(folder / "checkpoint"), export_weights(model.state_dict()), spec, {})
+    save_checkpoint(str(folder / "checkpoint"), export_weights(model), spec, {})
     (folder / "image.png").write_bytes(png_images(1)[0])
 
 

@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("bulk")
     for seed, name in ((3, "checkpoint"), (4, "other")):
         spec, model, _ = tiny_checkpoint(seed=seed)
-        save_checkpoint(f"{root}/{name}", export_weights(model.state_dict()), spec, {"step": 0})
+        save_checkpoint(f"{root}/{name}", export_weights(model), spec, {"step": 0})
     images = png_images(45)
     for number in range(NUM_IMAGES):
         storage.put(f"{root}/images/{number % 3}/{number:03d}.png", images[number % len(images)])

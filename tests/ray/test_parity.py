@@ -37,7 +37,7 @@ def roots(
     root = f"s3://{BUCKET}/parity" if request.param == "s3" else str(tmp_path_factory.mktemp("parity"))
     roots = {name: storage.join(root, name) for name in ("checkpoint", "images", "out")}
     spec, model, _ = tiny_checkpoint(seed=3)
-    save_checkpoint(roots["checkpoint"], export_weights(model.state_dict()), spec, {"step": 0})
+    save_checkpoint(roots["checkpoint"], export_weights(model), spec, {"step": 0})
     for key, data in bucket_files().items():
         storage.put(storage.join(roots["images"], key), data)
     return roots

@@ -13,7 +13,7 @@ from training_runs import curve, small_run
 
 from raycap.config import TrainConfig
 from raycap.errors import TrainingError, UserError
-from raycap.training.driver import train_blip
+from raycap.training.driver import train_captioner
 
 pytestmark = pytest.mark.ray
 
@@ -23,7 +23,7 @@ def alone(demo: Demo, ray_cluster: str, tmp_path_factory: pytest.TempPathFactory
     """The small run on one worker with augmentation, run to its end: two forward passes to a step, a checkpoint every four."""
     run = small_run(demo, str(tmp_path_factory.mktemp("alone") / "run"))
     config = replace(run, num_workers=1, micro_batch_size=6, max_failures=0, augment="blip")
-    train_blip(config)
+    train_captioner(config)
     return config
 
 
@@ -39,10 +39,10 @@ def test_a_chain_of_1_2_1_3_workers_sees_the_batches_and_losses_of_one_worker(
         assassin = threading.Thread(target=kill_a_worker_at, args=(config.out, step))
         assassin.start()
         with pytest.raises(TrainingError):
-            train_blip(config)
+            train_captioner(config)
         assassin.join()
         assert saved_ranks(config.out) == [config.num_workers]  # and no file of a larger world beside them
-    train_blip(last)
+    train_captioner(last)
     assert saved_ranks(last.out) == [3]
 
     said = capsys.readouterr().out
@@ -64,7 +64,7 @@ def test_zero_3_on_other_workers_is_refused_before_any_starts(alone: TrainConfig
     with pytest.raises(
         UserError, match=r"ZeRO 3 state of 2 workers, which cannot be shared out to 3; .*--init-from"
     ) as error:
-        train_blip(replace(alone, out=str(tmp_path), zero_stage=3, num_workers=3))
+        train_captioner(replace(alone, out=str(tmp_path), zero_stage=3, num_workers=3))
     assert error.value.exit_code == 2
     assert time.monotonic() - since < 5
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

@@ -23,7 +23,7 @@ from raycap.captioner import Captioner
 from raycap.config import TrainConfig
 from raycap.errors import TrainingError
 from raycap.report import write_report
-from raycap.training.driver import train_blip
+from raycap.training.driver import train_captioner
 from raycap.training.loop import keys_digest
 
 pytestmark = pytest.mark.ray
@@ -117,7 +117,7 @@ def from_tars(folder: Path, demo: Demo, ray_cluster: str, tmp_path_factory: pyte
     out = tmp_path_factory.mktemp("from_tars") / "run"
     config = run_of(f"{folder}/train", f"{folder}/val", demo, str(out))
     before = seen_below(folder)
-    train_blip(config)
+    train_captioner(config)
     assert seen_below(folder) == before
     return config
 
@@ -130,7 +130,7 @@ def test_four_steps_from_tars_with_a_gap_failures_and_a_cut_end_and_again(
     made = seen_below(Path(from_tars.out, "index"))
     assert {"train/manifest.parquet", "val/manifest.parquet"} <= made.keys()
     before = seen_below(folder)
-    train_blip(from_tars)
+    train_captioner(from_tars)
     said = capsys.readouterr().out
     assert said.startswith(f"this run is finished ({STEPS} steps)")
     assert "index" not in said
@@ -144,7 +144,7 @@ def test_the_same_images_as_parquet_lose_what_those_in_tars_lose(
     keys = write_folder(tmp_path / "data", write_parquet, demo)
     before = seen_below(tmp_path / "data")
     config = replace(run_of(f"{tmp_path}/data", f"{folder}/val", demo, f"{tmp_path}/run"), num_workers=1)
-    train_blip(config)
+    train_captioner(config)
     check_run(config.out, keys, {})
     expected, seen = curve(from_tars.out), curve(config.out)
     assert [(step, digest) for step, digest, _ in seen] == [(step, digest) for step, digest, _ in expected]
@@ -264,7 +264,7 @@ def test_every_defect_is_refused_above_the_rate_and_listed_by_key_below_it(
     change_image(data / "a.tar", "a07.jpg")  # after it was indexed
     before = seen_below(data)
     config = replace(run_of(str(data), demo.val, demo, str(out)), num_workers=1, max_error_rate=0.1)
-    train_blip(config)
+    train_captioner(config)
     assert seen_below(data) == before
     report = json.loads((out / "train.json").read_text())
     assert report["left_out_keys"] == LEFT_OUT
@@ -293,7 +293,7 @@ def test_more_bad_images_than_the_rate_end_the_steps_with_their_keys(
         r"3 of the 48 samples of 1 epochs could not be used by step \d \(empty: 3; first: (.*)\), more than --max-"
     )
     with pytest.raises(TrainingError, match=expected) as error:
-        train_blip(config)
+        train_captioner(config)
     found = re.search(expected, str(error.value))
     assert found is not None
     assert sorted(found[1].split(", ")) == list(bad)

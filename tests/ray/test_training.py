@@ -20,7 +20,7 @@ from raycap.errors import TrainingError, UserError
 from raycap.image import normalize
 from raycap.order import Plan
 from raycap.shards import Manifest, read_manifest
-from raycap.training.driver import train_blip
+from raycap.training.driver import train_captioner
 from raycap.training.engine import DeepSpeedEngine, avoid_compilers_on_cpu
 from raycap.training.loop import Position, learning_rate, train
 from raycap.training.start import build_start
@@ -171,10 +171,10 @@ def test_a_run_leaves_a_verified_checkpoint_the_last_ones_and_a_report(undisturb
 def test_the_same_command_on_a_finished_run_says_so_and_another_one_is_refused(
     undisturbed: TrainConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train_blip(undisturbed)
+    train_captioner(undisturbed)
     assert "finished" in capsys.readouterr().out
     with pytest.raises(UserError, match="seed 0 -> 1"):
-        train_blip(replace(undisturbed, seed=1))
+        train_captioner(replace(undisturbed, seed=1))
 
 
 def test_a_run_that_lost_a_worker_sees_the_same_batches_and_losses_as_the_undisturbed_one(
@@ -183,7 +183,7 @@ def test_a_run_that_lost_a_worker_sees_the_same_batches_and_losses_as_the_undist
     killed = replace(undisturbed, out=str(tmp_path / "killed"))
     assassin = threading.Thread(target=_kill_a_worker_at, args=(killed.out, 10))
     assassin.start()
-    train_blip(killed)
+    train_captioner(killed)
     assassin.join()
     # Step 8's checkpoint counts once Ray's controller has heard of it, which on a fast machine may be after the kill.
     (resumed_from,) = json.loads((Path(killed.out) / "train.json").read_text())["resumed_from"]
@@ -218,7 +218,7 @@ def test_a_whole_run_under_zero_3_evaluates_and_leaves_the_checkpoint_of_zero_1(
 ) -> None:
     """Ranks caption unequal numbers of images with unequal lengths, and must still gather parameters in step."""
     sharded = replace(undisturbed, out=str(tmp_path / "sharded"), zero_stage=3)
-    train_blip(sharded)
+    train_captioner(sharded)
     expected, seen = curve(undisturbed.out), curve(sharded.out)
     assert [(step, digest) for step, digest, _ in seen] == [(step, digest) for step, digest, _ in expected]
     assert [loss for *_, loss in seen] == pytest.approx([loss for *_, loss in expected], abs=1e-4)
@@ -239,10 +239,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_keys_and_a_lowe
     wild = replace(config, lr=1e30, clip_norm=0.0, warmup_steps=0, epochs=1)
     expected = r"the loss became (nan|inf) at step \d+ .* on the images \d{12}, .*--lr"
     with pytest.raises(TrainingError, match=expected) as error:
-        train_blip(wild)
+        train_captioner(wild)
     assert str(error.value).count("0000") >= 12
     assert not (Path(config.out) / "train.json").exists()
-    train_blip(replace(wild, lr=3e-3, clip_norm=1.0))
+    train_captioner(replace(wild, lr=3e-3, clip_norm=1.0))
     assert "going on with other settings: lr 1e+30 -> 0.003, clip_norm 0.0 -> 1.0" in capsys.readouterr().out
     assert (Path(config.out) / "train.json").exists()
 
@@ -252,7 +252,7 @@ def test_more_workers_than_the_cluster_holds_are_refused_at_once_with_both_numbe
 ) -> None:
     begun = time.monotonic()
     with pytest.raises(UserError, match=r"needs 24 CPUs .*--num-workers 12 .* has 8"):
-        train_blip(replace(config, num_workers=12))
+        train_captioner(replace(config, num_workers=12))
     assert time.monotonic() - begun < 5
     assert not (Path(config.out) / "config.json").exists()
 

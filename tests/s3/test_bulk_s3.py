@@ -132,7 +132,7 @@ def test_a_run_on_s3_has_the_rows_of_a_run_on_local_folders(
     spec, model, _ = tiny_checkpoint(seed=3)
     both: list[list[dict[str, Any]]] = []
     for root, keys in ((str(tmp_path), KEYS), (f"{ROOT}/run", KEYS + S3_KEYS)):
-        save_checkpoint(f"{root}/checkpoint", export_weights(model.state_dict()), spec, {"step": 0})
+        save_checkpoint(f"{root}/checkpoint", export_weights(model), spec, {"step": 0})
         write(f"{root}/images", KEYS)
         storage.put(f"{root}/images/cut.png", png_images(1)[0][:100])
         if keys != KEYS:

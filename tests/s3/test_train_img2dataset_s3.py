@@ -10,7 +10,7 @@ from s3_server import BUCKET, client
 from test_train_img2dataset import CUT, check_run, run_of, write_folder
 
 from raycap import storage
-from raycap.training.driver import train_blip
+from raycap.training.driver import train_captioner
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
 
@@ -42,10 +42,10 @@ def test_four_steps_from_a_bucket_and_again(
     before = seen_below(f"{prefix}/data/")
     assert len(before) == len(storage.list_files(f"{tmp_path}/data"))
     config = run_of(data, demo.val, demo, out)
-    train_blip(config)
+    train_captioner(config)
     check_run(out, keys, {CUT: "truncated_shard"} if write is write_tar else {})
     assert storage.exists(f"{out}/index/train/manifest.parquet")
     assert capsys.readouterr().out.startswith("indexed_shards=")
-    train_blip(config)
+    train_captioner(config)
     assert capsys.readouterr().out.startswith("this run is finished (4 steps)")
     assert seen_below(f"{prefix}/data/") == before

@@ -12,7 +12,7 @@ from raycap import storage
 from raycap.captioner import Captioner
 from raycap.config import EvaluateConfig, TrainConfig
 from raycap.evaluation.evaluate import evaluate
-from raycap.training.driver import train_blip
+from raycap.training.driver import train_captioner
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
 ROOT = f"s3://{BUCKET}/spine"
@@ -25,7 +25,7 @@ def test_a_run_on_an_s3_that_fails_is_the_run_on_a_local_folder_and_its_checkpoi
         storage.upload_folder(folder, f"{ROOT}/{name}", last="manifest.parquet")
     config = replace(small_run(demo, f"{ROOT}/run"), train_shards=f"{ROOT}/train", val_shards=f"{ROOT}/val")
     with faults(s3_endpoint, fail_every=20) as done:  # one request in twenty
-        train_blip(config)
+        train_captioner(config)
     assert done["failed"] >= 10
     records = [json.loads(line) for line in storage.read_bytes(f"{ROOT}/run/metrics.jsonl").decode().splitlines()]
     assert [(r["step"], r["batch_digest"], r["loss"]) for r in records if "loss" in r] == curve(undisturbed.out)
@@ -40,5 +40,5 @@ def test_a_run_on_an_s3_that_fails_is_the_run_on_a_local_folder_and_its_checkpoi
 
     metrics = evaluate(EvaluateConfig(checkpoint=f"{ROOT}/run/checkpoint", shards=f"{ROOT}/test", out=f"{ROOT}/run"))
     assert json.loads(storage.read_bytes(f"{ROOT}/run/metrics.json"))["metrics"] == metrics
-    train_blip(config)
+    train_captioner(config)
     assert "this run is finished" in capsys.readouterr().out

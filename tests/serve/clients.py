@@ -77,7 +77,7 @@ def free_port() -> int:
 
 def write_checkpoint(folder: Path, *, seed: int = 0) -> str:
     spec, model, _ = tiny_checkpoint(seed=seed)
-    save_checkpoint(str(folder), export_weights(model.state_dict()), spec, {"step": 3})
+    save_checkpoint(str(folder), export_weights(model), spec, {"step": 3})
     return str(folder)
 
 

@@ -53,7 +53,7 @@ def ask(url: str, body: bytes | None = None, token: str = "") -> tuple[int, dict
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> str:
     spec, model, _ = tiny_checkpoint()
-    save_checkpoint(str(tmp_path / "checkpoint"), export_weights(model.state_dict()), spec, {})
+    save_checkpoint(str(tmp_path / "checkpoint"), export_weights(model), spec, {})
     return str(tmp_path / "checkpoint")
 
 

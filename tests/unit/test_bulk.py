@@ -430,7 +430,7 @@ def test_a_line_comes_while_nothing_is_finished(monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture
 def config(job: Job, tmp_path: Path) -> CaptionBucketConfig:
     spec, model, _ = tiny_checkpoint(seed=3)
-    save_checkpoint(f"{tmp_path}/checkpoint", export_weights(model.state_dict()), spec, {"step": 0})
+    save_checkpoint(f"{tmp_path}/checkpoint", export_weights(model), spec, {"step": 0})
     write_images(job, 2)
     return CaptionBucketConfig(checkpoint=f"{tmp_path}/checkpoint", images=job.images, out=job.out)
 

@@ -216,7 +216,7 @@ def test_captioning_leaves_no_graph_and_the_model_as_it_was(captioner: Captioner
 
 
 def test_a_loaded_captioner_is_the_saved_one(captioner: Captioner, tmp_path: Path) -> None:
-    save_checkpoint(str(tmp_path / "c"), export_weights(captioner.model.state_dict()), captioner.spec, {})
+    save_checkpoint(str(tmp_path / "c"), export_weights(captioner.model), captioner.spec, {})
     loaded = Captioner.load(str(tmp_path / "c"))
     assert not loaded.model.training
     assert (loaded.verified, loaded.fingerprint) == (True, loaded.spec.fingerprint)

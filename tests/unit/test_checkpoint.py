@@ -38,7 +38,7 @@ INFO = {"step": 12, "metrics": {"cider": 0.75, "val_loss": 1.5}, "config": {"lr"
 def saved(tmp_path: Path) -> Path:
     """A checkpoint folder with a prompt."""
     spec, model, _ = tiny_checkpoint(prompt="a picture of ")
-    save_checkpoint(str(tmp_path / "checkpoint"), export_weights(model.state_dict()), spec, INFO)
+    save_checkpoint(str(tmp_path / "checkpoint"), export_weights(model), spec, INFO)
     return tmp_path / "checkpoint"
 
 
@@ -53,7 +53,7 @@ def test_what_was_saved_comes_back_bit_by_bit(saved: Path) -> None:
     assert loaded.tokenizer.to_str() == spec.tokenizer.to_str()
     assert loaded.info == INFO
     assert loaded.verified
-    expected = export_weights(model.state_dict())
+    expected = export_weights(model)
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     again = load_model(loaded, weights, str(saved)).state_dict()
@@ -64,7 +64,7 @@ def test_what_was_saved_comes_back_bit_by_bit(saved: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_exported_weights_are_single_precision_copies_with_each_tied_tensor_once(dtype: torch.dtype) -> None:
     _, model, _ = tiny_checkpoint()
-    weights = export_weights(model.to(dtype).state_dict())
+    weights = export_weights(model.to(dtype))
     assert set(model.state_dict()) - set(weights) == set(TIED_NAMES)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     before = {name: tensor.clone() for name, tensor in weights.items()}
@@ -277,7 +277,7 @@ def test_the_last_whole_checkpoint_of_a_process_killed_between_its_renames_outli
 @pytest.mark.parametrize("prompt", ["", "a picture of "])
 def test_plain_transformers_gives_our_captions(tmp_path: Path, prompt: str) -> None:
     spec, model, _ = tiny_checkpoint(prompt=prompt)
-    save_checkpoint(str(tmp_path), export_weights(model.state_dict()), spec, {})
+    save_checkpoint(str(tmp_path), export_weights(model), spec, {})
     images = png_images(12)
     ours = [result.caption or "" for result in Captioner.load(str(tmp_path)).caption(images)]
     assert len(set(ours)) > 4

@@ -5,7 +5,17 @@ from typing import Any
 
 import pytest
 
-from raycap.config import TRAIN_PRESETS, DemoConfig, EvaluateConfig, PrepareConfig, TrainConfig, default_root
+from raycap.config import (
+    CLIP_GPT2_PRESETS,
+    TRAIN_PRESETS,
+    VGG_LSTM_PRESETS,
+    VIT_GPT2_PRESETS,
+    DemoConfig,
+    EvaluateConfig,
+    PrepareConfig,
+    TrainConfig,
+    default_root,
+)
 
 SHARDS = {"train_shards": "/t", "val_shards": "/v"}
 POSITIVE = [
@@ -30,7 +40,19 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-@pytest.mark.parametrize("preset", TRAIN_PRESETS.values(), ids=TRAIN_PRESETS)
+ALL_PRESETS = {
+    f"{job}-{name}": preset
+    for job, presets in (
+        ("blip", TRAIN_PRESETS),
+        ("clip_gpt2", CLIP_GPT2_PRESETS),
+        ("vit_gpt2", VIT_GPT2_PRESETS),
+        ("vgg_lstm", VGG_LSTM_PRESETS),
+    )
+    for name, preset in presets.items()
+}
+
+
+@pytest.mark.parametrize("preset", ALL_PRESETS.values(), ids=ALL_PRESETS)
 def test_presets_are_valid_and_divide_evenly(preset: TrainConfig) -> None:
     assert dataclasses.replace(preset) == preset  # __post_init__ again
     assert preset.global_batch_size % preset.num_workers == 0
@@ -41,6 +63,8 @@ def test_presets_are_valid_and_divide_evenly(preset: TrainConfig) -> None:
 
 def test_the_first_preset_is_the_demo_and_every_job_runs_without_flags() -> None:
     assert next(iter(TRAIN_PRESETS)) == "demo"
+    outs = [presets["demo"].out for presets in (TRAIN_PRESETS, CLIP_GPT2_PRESETS, VIT_GPT2_PRESETS, VGG_LSTM_PRESETS)]
+    assert len(set(outs)) == 4
     for config in (DemoConfig(), PrepareConfig(), EvaluateConfig(), TRAIN_PRESETS["demo"]):
         assert config.out == default_root("demo")
 

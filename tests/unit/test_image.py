@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from cykooz_resizer import Resizer
 from nasty import Nasty, encode, nasty_files, photo, png
 from PIL import Image, ImageFile, ImageOps
-from transformers import BlipImageProcessorPil
+from transformers import BlipImageProcessorPil, CLIPImageProcessorPil, ViTImageProcessorPil
 
 from raycap.errors import ErrorKind, ImageError
 from raycap.image import (
@@ -348,7 +349,7 @@ def test_how_an_image_is_decoded_is_stored_and_was_exact_before_it_was() -> None
     stored = ImageSpec(size=8).to_dict()
     del stored["decode"]
     assert ImageSpec.from_dict(stored).decode == "exact"
-    with pytest.raises(ValueError, match="an image is decoded 'exact' or 'fast', not 'quick'; give one of the two"):
+    with pytest.raises(ValueError, match="decode of an image is 'exact' or 'fast', not 'quick'; give one of the two"):
         ImageSpec.from_dict(spec.to_dict() | {"decode": "quick"})
 
 
@@ -581,6 +582,27 @@ def test_pixel_values_equal_those_of_the_published_processor(width: int, height:
     difference = (ours - expected).abs()
     assert difference.max() < 1.001 / 255 / min(spec.std)
     assert (difference > 1e-5).float().mean() < 0.01
+
+
+@pytest.mark.parametrize(("width", "height"), [(640, 427), (427, 640), (224, 300), (333, 999), (100, 60), (64, 64)])
+def test_cropped_and_bilinear_pixels_equal_those_of_clips_and_vits_processors(width: int, height: int) -> None:
+    """CLIP's resizes the shorter side and keeps the middle; ViT's squeezes, bilinear."""
+    image = photo(width, height, seed=2)
+    clip = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+    vit = ViTImageProcessorPil(size={"height": 64, "width": 64})
+    assert (int(clip.resample), int(vit.resample)) == (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR)
+    for processor, spec in (
+        (clip, ImageSpec(size=64, fit="crop")),
+        (vit, ImageSpec(size=64, resample="bilinear")),
+    ):
+        expected = processor(image, do_normalize=False, do_rescale=False, return_tensors="np")["pixel_values"][0]
+        exact = prepare_image(np.asarray(image), spec)
+        fast = prepare_bytes(encode(image, "PNG"), replace(spec, decode="fast")).pixels
+        for prepared, levels in ((exact, 1), (fast, 2)):
+            assert (prepared.shape, prepared.flags.c_contiguous) == ((3, 64, 64), True)
+            difference = np.abs(prepared.astype(int) - np.asarray(expected).astype(int))
+            assert difference.max() <= levels
+            assert (difference > 0).mean() < 0.02
 
 
 @pytest.mark.parametrize("size", [24, 96, 384])

@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 
 from raycap.config import (
+    CLIP_GPT2_PRESETS,
     TRAIN_PRESETS,
+    VGG_LSTM_PRESETS,
+    VIT_GPT2_PRESETS,
     CaptionBucketConfig,
     DemoConfig,
     EvaluateConfig,
@@ -23,6 +26,9 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 PRESETS: dict[str, dict[str, Any]] = {
     "train_blip": TRAIN_PRESETS,
+    "train_clip_gpt2": CLIP_GPT2_PRESETS,
+    "train_vit_gpt2": VIT_GPT2_PRESETS,
+    "train_vgg_lstm": VGG_LSTM_PRESETS,
     "prepare_shards": {"coco": PrepareConfig()},
     "evaluate": {"evaluate": EvaluateConfig()},
     "caption_bucket": {"caption_bucket": CaptionBucketConfig()},

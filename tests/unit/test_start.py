@@ -59,13 +59,15 @@ def test_a_fresh_spec_takes_sizes_from_the_config_and_roles_from_the_tokenizer(d
 
 
 def test_an_image_size_that_the_patches_do_not_fill_is_refused(demo: Demo) -> None:
-    with pytest.raises(UserError, match=r"--image-size 40 is no multiple of the patch size 16 of --architecture tiny"):
+    with pytest.raises(
+        UserError, match=r"--image-size 40 is no multiple of the patch size 16 of --architecture blip_tiny"
+    ):
         build_start(fresh(demo, image_size=40))
 
 
 def test_a_start_from_a_folder_has_its_weights_and_the_runs_settings(demo: Demo, tmp_path: Path) -> None:
     given, model, _ = tiny_checkpoint()
-    save_checkpoint(str(tmp_path / "c"), export_weights(model.state_dict()), given, {})
+    save_checkpoint(str(tmp_path / "c"), export_weights(model), given, {})
     changes = {"tokenizer": "", "init_from": str(tmp_path / "c"), "prompt": "two ", "max_tokens": 30}
     spec, loaded = build_start(fresh(demo, **changes, max_new_tokens=7, label_smoothing=0.2))
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())

@@ -1,0 +1,257 @@
+"""How each kind of model lies in a folder in Hugging Face's layout: what its JSON files say, written and read. Reads no weights."""
+
+import math
+from collections.abc import Container, Mapping
+from pathlib import Path
+from typing import Any
+
+from raycap.checkpoint.folder import read_json
+from raycap.checkpoint.spec import CheckpointSpec
+from raycap.errors import CheckpointError
+from raycap.models import hub
+from raycap.schema import DecodeSettings, ImageSpec
+from raycap.text import TextSpec
+
+MAX_TOKENS = 40  # of a caption to train on: BLIP's (salesforce/BLIP, models/blip.py, forward)
+ARCHITECTURES = {  # the one entry of "architectures" in config.json
+    "blip": "BlipForConditionalGeneration",
+    "clip_gpt2": hub.ARCHITECTURE,
+    "vision-encoder-decoder": "VisionEncoderDecoderModel",
+    "vgg_lstm": "VggLstm",
+}
+_RESAMPLES = {2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
+
+
+def hugging_face_files(spec: CheckpointSpec) -> dict[str, dict[str, Any]]:
+    """The JSON files plain transformers reads, v4 and v5, but for the tokenizer's."""
+    image = _image_processor(spec)
+    processor = {"blip": "BlipProcessor", "clip_gpt2": hub.PROCESSOR}.get(spec.kind)
+    if processor:
+        image["processor_class"] = processor
+    config = spec.model_config | {"architectures": [ARCHITECTURES[spec.kind]], "model_type": spec.kind}
+    files = {"generation_config.json": _generation(spec), "preprocessor_config.json": image}
+    if processor:
+        files["processor_config.json"] = {"processor_class": processor, "image_processor": image}
+    if spec.kind == "clip_gpt2":
+        config["auto_map"] = hub.CONFIG_AUTO_MAP
+        files["processor_config.json"]["auto_map"] = hub.PROCESSOR_AUTO_MAP
+    return {"config.json": config, **files}
+
+
+def code_files(spec: CheckpointSpec) -> dict[str, str]:
+    """Modules that plain transformers needs for models it does not know: name -> content."""
+    return hub.module_texts() if spec.kind == "clip_gpt2" else {}
+
+
+def _image_processor(spec: CheckpointSpec) -> dict[str, Any]:
+    size = {"height": spec.image.size, "width": spec.image.size}
+    cropped = {"size": {"shortest_edge": spec.image.size}, "do_center_crop": True, "crop_size": size}
+    squashed = {"size": size}
+    kind = "CLIP" if spec.image.fit == "crop" else "Blip" if spec.kind == "blip" else "ViT"
+    return {
+        "image_processor_type": f"{kind}ImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        **(cropped if spec.image.fit == "crop" else squashed),
+        "resample": {name: number for number, name in _RESAMPLES.items()}[spec.image.resample],
+        "rescale_factor": 1 / 255,
+        "image_mean": list(spec.image.mean),
+        "image_std": list(spec.image.std),
+    }
+
+
+def _generation(spec: CheckpointSpec) -> dict[str, Any]:
+    generation: dict[str, Any] = {
+        "bos_token_id": spec.text.bos_id,
+        "eos_token_id": spec.text.eos_id,
+        "pad_token_id": spec.text.pad_id,
+        "max_new_tokens": spec.decode.max_new_tokens,
+        "num_beams": spec.decode.num_beams,
+    }
+    if spec.kind == "vision-encoder-decoder":
+        generation["decoder_start_token_id"] = spec.text.bos_id
+    if spec.decode.min_new_tokens:
+        generation["min_new_tokens"] = spec.decode.min_new_tokens
+    if spec.decode.num_beams > 1:  # transformers warns of settings that its search does not use
+        generation |= {"length_penalty": spec.decode.length_penalty, "early_stopping": False}
+    return generation
+
+
+def complete_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """A published config.json with the defaults that older exports leave out. Raises CheckpointError."""
+    kind = config.get("model_type")
+    auto_map = config.get("auto_map")
+    if kind not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{source!r} holds a model of type {kind!r}; raycap imports {', '.join(ARCHITECTURES)}; choose such a folder"
+        )
+    if auto_map is not None and (kind != "clip_gpt2" or auto_map != hub.CONFIG_AUTO_MAP):
+        raise CheckpointError(
+            f"config.json of {source!r} names code of its own (auto_map: {auto_map!r}), which raycap does not run; choose a "
+            f"folder without it"
+        )
+    try:
+        return _complete(kind, {name: value for name, value in config.items() if name != "auto_map"})
+    except Exception as error:  # transformers' checks raise a dozen types
+        raise CheckpointError(
+            f"config.json of {source!r} is no configuration of a {kind} model ({' '.join(str(error).split())}); copy it again"
+        ) from error
+
+
+def _complete(kind: str, config: dict[str, Any]) -> dict[str, Any]:
+    complete: dict[str, Any]
+    match kind:
+        case "blip":
+            from transformers import BlipConfig
+
+            complete = BlipConfig.from_dict(config).to_dict()
+        case "vision-encoder-decoder":
+            from transformers import VisionEncoderDecoderConfig
+
+            complete = VisionEncoderDecoderConfig.from_dict(config).to_dict()
+        case "clip_gpt2":
+            from raycap.models.hub.configuration_clip_gpt2 import ClipGpt2Config
+
+            complete = ClipGpt2Config.from_dict(config).to_dict()
+        case _:
+            from raycap.models.vgg_lstm import VggLstmConfig
+
+            VggLstmConfig.from_dict(config)
+            complete = config
+    return complete
+
+
+def fresh_config(
+    preset: Mapping[str, Any], *, vocab_size: int, num_positions: int, text: TextSpec, image_size: int
+) -> dict[str, Any]:
+    """A preset for another vocabulary, length of texts (in tokens, the first included) and side of images in pixels."""
+    kind = preset["model_type"]
+    ids = {"bos_token_id": text.bos_id, "eos_token_id": text.eos_id, "pad_token_id": text.pad_id}
+    words = {"vocab_size": vocab_size, **ids}
+    match kind:
+        case "blip":
+            words |= {"sep_token_id": text.eos_id, "max_position_embeddings": num_positions}
+            parts = {"text_config": words, "vision_config": {"image_size": image_size}}
+        case "clip_gpt2":
+            words["n_positions"] = num_positions + preset["prefix_length"]
+            parts = {"text_config": words, "vision_config": {"image_size": image_size}}
+        case "vision-encoder-decoder":
+            words["n_positions"] = num_positions
+            parts = {"decoder": words, "encoder": {"image_size": image_size}}
+        case _:
+            return {**preset, "vocab_size": vocab_size, "image_size": image_size}
+    changed = {name: {**preset[name], **values} for name, values in parts.items()}
+    top = {"decoder_start_token_id": text.bos_id, "eos_token_id": text.eos_id, "pad_token_id": text.pad_id}
+    return {**preset, **changed, **(top if kind == "vision-encoder-decoder" else {})}
+
+
+def with_pooler(config: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
+    """A ViT-GPT2 config that says whether the weights of these names hold the tower's pooler, which config.json alone does not."""
+    if config["model_type"] != "vision-encoder-decoder":
+        return dict(config)
+    encoder = config["encoder"] | {"add_pooling_layer": "encoder.pooler.dense.weight" in names}
+    return {**config, "encoder": encoder}
+
+
+def read_text_spec(config: Mapping[str, Any], source: str) -> TextSpec:
+    """The roles of special tokens, from a complete config. Raises CheckpointError."""
+    try:
+        match config["model_type"]:
+            case "blip":
+                text = config["text_config"]
+                # BLIP ends captions with [SEP]; its eos_token_id is a left-over
+                bos, eos, pad = text["bos_token_id"], text["sep_token_id"], text["pad_token_id"]
+            case "vision-encoder-decoder":
+                decoder = config["decoder"]
+                eos = _first(config.get("eos_token_id"), decoder.get("eos_token_id"))
+                bos = _first(config.get("decoder_start_token_id"), decoder.get("bos_token_id"))
+                pad = _first(config.get("pad_token_id"), decoder.get("pad_token_id"), eos)
+            case "clip_gpt2":
+                text = config["text_config"]
+                bos, eos = text["bos_token_id"], text["eos_token_id"]
+                pad = _first(text.get("pad_token_id"), eos)
+            case kind:
+                raise CheckpointError(
+                    f"{source!r} is a {kind} folder without raycap.json, which alone says what its tokens mean; copy it whole"
+                )
+    except KeyError as error:
+        raise CheckpointError(f"config.json of {source!r} lacks {error}; copy it again") from error
+    return TextSpec(prompt="", max_tokens=MAX_TOKENS, bos_id=bos, eos_id=eos, pad_id=pad)
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def read_image_spec(folder: Path, source: str) -> tuple[str, ImageSpec]:
+    """The file that says how images are prepared, and what it says.
+
+    It is preprocessor_config.json, or processor_config.json, where transformers 5 puts it. Raises CheckpointError.
+    """
+    name = "preprocessor_config.json"
+    image = None
+    if not (folder / name).exists() and (folder / "processor_config.json").exists():
+        name = "processor_config.json"
+        image = read_json(folder / name, source).get("image_processor")
+    image = image if isinstance(image, dict) else read_json(folder / name, source)
+    size, fit = _size_and_fit(image)
+    if size is None or not {"image_mean", "image_std"} <= image.keys():
+        raise CheckpointError(
+            f"{name} of {source!r} has no square size, image_mean and image_std (size: {image.get('size')!r}); raycap resizes "
+            f"images to a square, or their shorter side and cuts out the middle: choose a folder that asks for either"
+        )
+    kind = str(image.get("image_processor_type") or image.get("feature_extractor_type") or "Blip")
+    resample = image.get("resample", 2 if kind.startswith("ViT") else 3)
+    ours = {"do_resize": True, "do_rescale": True, "do_normalize": True}
+    others = {key: image[key] for key, value in ours.items() if image.get(key) not in (None, value)}
+    if resample not in _RESAMPLES:
+        others["resample"] = resample
+    if not math.isclose(image.get("rescale_factor") or 1 / 255, 1 / 255, rel_tol=1e-6):
+        others["rescale_factor"] = image["rescale_factor"]
+    if others:
+        raise CheckpointError(
+            f"{name} of {source!r} asks for {others}; raycap resizes bicubic or bilinear, scales by 1/255 and normalises: choose a "
+            f"folder of such preprocessing"
+        )
+    given = {"size": size, "mean": image["image_mean"], "std": image["image_std"], "resample": _RESAMPLES[resample]}
+    try:
+        return name, ImageSpec.from_dict({**given, "fit": fit})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"image_mean and image_std in {name} of {source!r} are not three numbers each ({error}); copy it again"
+        ) from error
+
+
+def _size_and_fit(image: Mapping[str, Any]) -> tuple[int | None, str]:
+    """The side of the square and how an image becomes one; None where it is no square."""
+    size, crop = _side(image.get("size"), "shortest_edge"), _side(image.get("crop_size"))
+    if image.get("do_center_crop"):
+        return (size if size == crop else None), "crop"
+    size = _side(image.get("size"))
+    return size, "squash"
+
+
+def _side(size: Any, shortest: str = "") -> int | None:
+    """Of a number, {"height": S, "width": S}, or {shortest: S}."""
+    if isinstance(size, dict):
+        size = (
+            size.get(shortest)
+            if shortest in size
+            else size.get("height")
+            if size.get("height") == size.get("width")
+            else None
+        )
+    return size if isinstance(size, int) and not isinstance(size, bool) else None
+
+
+def read_decode_settings(folder: Path, source: str) -> DecodeSettings:
+    """Of generation_config.json, if there is one. Raises CheckpointError."""
+    name = "generation_config.json"
+    given = read_json(folder / name, source) if (folder / name).exists() else {}
+    keys = ("max_new_tokens", "min_new_tokens", "num_beams", "length_penalty")
+    try:
+        return DecodeSettings(**{key: given[key] for key in keys if given.get(key) is not None})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{name} of {source!r} cannot be followed: {error}; correct it there") from error
