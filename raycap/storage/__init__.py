@@ -1,4 +1,4 @@
-"""Files at an absolute path or an s3:// URL: list, read, create once, replace, copy folders.
+"""Files at an absolute path or an s3:// URL: list, read, create once, replace, copy or remove folders.
 
 Owns every byte that enters or leaves storage, and turns what goes wrong into one StorageError sentence. It does not own
 what the bytes mean, nor which files make a finished output (raycap/units.py).
@@ -23,7 +23,7 @@ from raycap.storage.files import (
     read_range,
     remove,
 )
-from raycap.storage.folders import download_folder, upload_folder
+from raycap.storage.folders import download_folder, remove_folder, upload_folder
 from raycap.storage.listing import has_files, iter_names, list_entries, list_files
 
 __all__ = [
@@ -47,5 +47,6 @@ __all__ = [
     "read_lines",
     "read_range",
     "remove",
+    "remove_folder",
     "upload_folder",
 ]

@@ -1,5 +1,6 @@
-"""Whole folders, copied up or down file by file."""
+"""Whole folders, copied up or down file by file, or removed."""
 
+import shutil
 from typing import Any, BinaryIO
 
 from raycap.errors import StorageError
@@ -64,3 +65,15 @@ def _download(source: str, target: str) -> None:
 
     with local.errors("write", target):
         local.replace(local.as_path(target), fetch)
+
+
+def remove_folder(url: str) -> None:
+    """Delete all files below url, and a local folder with them. A folder that is not there is fine."""
+    if is_url(url):
+        for name in list_files(url):
+            remove(join(url, name))
+        return
+    with local.errors("remove", url):
+        path = local.as_path(url)
+        if path.exists():
+            shutil.rmtree(path)

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import ray
@@ -21,7 +22,7 @@ from raycap.order import Plan
 from raycap.shards import Manifest, check_shards
 from raycap.training.loop import MAX_SKIPPED_KEYS
 from raycap.training.reshard import zero_3_refused
-from raycap.training.start import build_start
+from raycap.training.start import build_start, state_root
 from raycap.training.watch import Board, Display
 from raycap.training.worker import Data, build_plan, train_worker
 
@@ -36,12 +37,13 @@ NEUTRAL_FIELDS = (
     "checkpoint_every",
 )
 FREE_FIELDS = (*NEUTRAL_FIELDS, "lr", "clip_norm")
+SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of the states that it resumes from
 
 
 def train_captioner(config: TrainConfig) -> None:
     """Trains to the end, resuming what is in config.out. Raises UserError before anything ran, TrainingError after."""
     config = _with_demo(config)
-    build_start(config)  # a wrong folder or size is found here, before shards are indexed, not by every worker
+    num_parameters, num_trained = _sizes(config)  # a wrong --init-from is found here, before shards are indexed
     train_manifest, val_manifest = _open_shards(config, "train"), _open_shards(config, "val")
     plan = build_plan(config, train_manifest)
     num_steps = plan.steps_per_epoch * config.epochs
@@ -62,13 +64,15 @@ def train_captioner(config: TrainConfig) -> None:
     print(
         f"training on {train_manifest.num_samples} images ({plan.num_dropped} dropped at each epoch's end), validating on "
         f"{min(config.eval_images, val_manifest.num_samples)}; {num_steps} steps with {config.num_workers} workers on "
-        f"{'GPUs' if use_gpu else 'CPUs'}, ZeRO stage {config.zero_stage}",
+        f"{'GPUs' if use_gpu else 'CPUs'}, ZeRO stage {config.zero_stage}\n"
+        f"the model has {num_parameters:,} parameters, {num_trained:,} of them trained",
         flush=True,
     )
     begun = time.perf_counter()
     num_cpus, store_bytes = share_of_data(config, ray.cluster_resources())  # type: ignore[no-untyped-call]
     data = Data(train=ray.put(train_manifest), val=ray.put(val_manifest), num_cpus=num_cpus, store_bytes=store_bytes)
     board: Any = Board.remote()  # type: ignore[attr-defined]  # ray.remote's types hide it
+    _drop_unlisted_states(state_root(config))
     with Display(board, num_steps) as display:
         try:
             _trainer(config, board, data, use_gpu).fit()
@@ -77,7 +81,16 @@ def train_captioner(config: TrainConfig) -> None:
             raise TrainingError(message) from error
     if message := ray.get(board.error.remote()):
         raise TrainingError(message)
-    _write_report(config, display, plan, (train_manifest, val_manifest), time.perf_counter() - begun)
+    _drop_unlisted_states(state_root(config))
+    sizes = {"num_parameters": num_parameters, "num_trained_parameters": num_trained}
+    _write_report(config, sizes, display, plan, (train_manifest, val_manifest), time.perf_counter() - begun)
+
+
+def _sizes(config: TrainConfig) -> tuple[int, int]:
+    """Parameters of the model at step 0, shared ones counted once, and how many of them are trained. Raises UserError."""
+    _, model = build_start(config)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
 def _with_demo(config: TrainConfig) -> TrainConfig:
@@ -155,6 +168,22 @@ def _trainer(config: TrainConfig, board: Any, data: Data, use_gpu: bool) -> Torc
     )
 
 
+def _drop_unlisted_states(root: str) -> None:
+    """Removes the states that Ray Train does not know of.
+
+    A worker writes a state and then reports it; if it dies before Ray's controller has asked for the report (every 2 s), the
+    run goes on from the state before, and Ray never removes the newer one.
+    """
+    names = storage.list_files(root) if storage.is_url(root) or Path(root).exists() else []
+    known: set[str] = set()
+    if SNAPSHOT in names:
+        snapshot = json.loads(storage.read_bytes(storage.join(root, SNAPSHOT)))
+        known = {result["checkpoint_dir_name"] for result in snapshot["checkpoint_results"]}
+    for folder in sorted({name.partition("/")[0] for name in names if name.startswith("checkpoint_") and "/" in name}):
+        if folder not in known:
+            storage.remove_folder(storage.join(root, folder))
+
+
 def _finished(out: str, identity: dict[str, Any]) -> bool:
     """Whether `out` holds this run, finished. Raises UserError if it holds another run.
 
@@ -179,13 +208,19 @@ def _finished(out: str, identity: dict[str, Any]) -> bool:
 
 
 def _write_report(
-    config: TrainConfig, display: Display, plan: Plan, manifests: tuple[Manifest, Manifest], wall_s: float
+    config: TrainConfig,
+    sizes: dict[str, int],
+    display: Display,
+    plan: Plan,
+    manifests: tuple[Manifest, Manifest],
+    wall_s: float,
 ) -> None:
     """train.json. skipped: what a step could not use, once an epoch; left_out: what was known before the first step."""
     position, (train, val) = display.finished, manifests
     num_steps = plan.steps_per_epoch * config.epochs
     report = {
         "num_steps": num_steps,
+        **sizes,
         "best_step": position["best_step"],
         "best_cider": position["best_cider"],
         "skipped_by_kind": position["skipped"],

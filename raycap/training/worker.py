@@ -210,9 +210,4 @@ def _prune(root: str, keep: int) -> None:
         for leftover in Path(root).glob(".step-*"):  # of a process that was killed while it wrote
             shutil.rmtree(leftover, ignore_errors=True)
     for folder in folders[:-keep]:
-        target = storage.join(root, folder)
-        if storage.is_url(root):
-            for name in storage.list_files(target):
-                storage.remove(storage.join(target, name))
-        else:
-            shutil.rmtree(target, ignore_errors=True)
+        storage.remove_folder(storage.join(root, folder))
