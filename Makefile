@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # DeepSpeed's source distribution would otherwise try to compile its operators while it is installed.
 export DS_BUILD_OPS := 0
 
-.PHONY: demo check test bench docs lock clean help
+.PHONY: demo families check test bench docs lock clean help
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -19,6 +19,9 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP) ## the whole life of a captioner on this machine, below runs/demo
 	RAYCAP_RUNS=$(CURDIR)/runs $(BIN)/python jobs/demo.py
+
+families: $(STAMP) ## the four model families trained equally long on the demo's images, side by side, below runs/families
+	RAYCAP_RUNS=$(CURDIR)/runs $(BIN)/python jobs/compare_families.py
 
 check: $(STAMP) ## ruff, mypy --strict, import-linter, unit tests
 	$(BIN)/ruff check .

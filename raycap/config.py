@@ -87,6 +87,14 @@ class DemoConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FamiliesConfig(DemoConfig):
+    """The four model families, trained equally long on the demo's images -> report.html with a table of their scores."""
+
+    out: str = default_root("families")
+    """Folder everything is written below: one run folder for each family, report.html, comparison.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
     """Captions and images of a known data set -> WebDataset shards and manifest.parquet. Without flags: the demo data set."""
 
@@ -380,7 +388,7 @@ class EvaluateConfig:
     SOURCES: ClassVar = ("checkpoint",)
 
     checkpoint: str = ""
-    """Checkpoint folder, local or s3://, or a hub name in Hugging Face's BLIP layout. Empty: checkpoint/ of the demo."""
+    """Checkpoint folder, local or s3://, or a hub name in Hugging Face's layout. Empty: checkpoint/ of the demo."""
     shards: str = ""
     """Shards of the split: as jobs/prepare_shards.py writes them, or img2dataset's output as it is. Empty: the demo's test split."""
     out: str = default_root("demo")
@@ -419,7 +427,7 @@ class CaptionBucketConfig:
     SOURCES: ClassVar = ("checkpoint",)  # a folder, or else a hub name
 
     checkpoint: str = ""
-    """Checkpoint folder, local or s3://, or a hub name in Hugging Face's BLIP layout. Empty: checkpoint/ of the demo."""
+    """Checkpoint folder, local or s3://, or a hub name in Hugging Face's layout. Empty: checkpoint/ of the demo."""
     images: str = ""
     """Folder or s3:// root; every image below it gets one row. Empty: the demo's bucket."""
     out: str = default_root("demo/captions")
@@ -473,7 +481,7 @@ class ServeConfig:
     SOURCES: ClassVar = ("checkpoint",)
 
     checkpoint: str = ""
-    """Checkpoint folder, local or s3://, or a hub name in Hugging Face's BLIP layout. Empty: checkpoint/ of the demo."""
+    """Checkpoint folder, local or s3://, or a hub name in Hugging Face's layout. Empty: checkpoint/ of the demo."""
     host: str = "127.0.0.1"
     """Address to listen on. Any but loopback needs a bearer token in the environment variable RAYCAP_TOKEN."""
     port: int = 8000

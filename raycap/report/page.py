@@ -10,6 +10,7 @@ import jinja2
 from markupsafe import Markup
 
 from raycap.report.chart import plot
+from raycap.report.compare import Comparison
 from raycap.report.read import Report
 
 SCORE_NAMES = {"cider": "CIDEr", "meteor": "METEOR", "rouge_l": "ROUGE-L"} | {
@@ -29,6 +30,13 @@ def render(report: Report) -> str:
     """The page of a report: HTML with its styles and images inside. The same report gives the same page."""
     charts = [(chart, plot(chart)) for chart in report.charts]
     return render_page("report.html", report=report, charts=charts, names=SCORE_NAMES)
+
+
+def render_comparison(comparison: Comparison) -> str:
+    """The page of several runs side by side."""
+    scores = [name for name in SCORE_NAMES if any(name in row.scores for row in comparison.rows)]
+    best = {name: max(row.scores[name] for row in comparison.rows if name in row.scores) for name in scores}
+    return render_page("comparison.html", comparison=comparison, scores=scores, best=best, names=SCORE_NAMES)
 
 
 def render_page(template: str, **values: Any) -> str:

@@ -69,11 +69,11 @@ def read_report(out: str) -> Report:
     Raises StorageError if there is no part at all.
     """
     notes: list[str] = []
-    config, train, scored = (_read_object(out, f"{name}.json", notes) for name in ("config", "train", "metrics"))
+    config, train, scored = (read_object(out, f"{name}.json", notes) for name in ("config", "train", "metrics"))
     bulk_root = storage.join(out, BULK)
-    bulk = _read_object(bulk_root, "_SUCCESS.json", notes)
-    records = _read_lines(out, "metrics.jsonl", notes)
-    images = _read_lines(out, PER_IMAGE, notes)
+    bulk = read_object(bulk_root, "_SUCCESS.json", notes)
+    records = read_lines(out, "metrics.jsonl", notes)
+    images = read_lines(out, PER_IMAGE, notes)
     if not (config or train or scored or bulk or records or images or notes):
         raise StorageError(
             f"nothing to report in {out!r}: it holds no metrics.jsonl, metrics.json, train.json, config.json or "
@@ -93,7 +93,7 @@ def read_report(out: str) -> Report:
         scores={name: value for name, value in _object(scored.get("metrics")).items() if is_number(value)},
         charts=training_charts(records),
         validations=tuple(
-            tuple(_shown(record.get(name, "")) for name in ("step", "val_loss", "cider", "num_val_images"))
+            tuple(shown(record.get(name, "")) for name in ("step", "val_loss", "cider", "num_val_images"))
             for record in records
             if "val_loss" in record
         ),
@@ -104,7 +104,7 @@ def read_report(out: str) -> Report:
     )
 
 
-def _read_object(root: str, name: str, notes: list[str]) -> Json:
+def read_object(root: str, name: str, notes: list[str]) -> Json:
     url = storage.join(root, name)
     if not storage.exists(url):
         return {}
@@ -116,7 +116,7 @@ def _read_object(root: str, name: str, notes: list[str]) -> Json:
     return _object(content)
 
 
-def _read_lines(out: str, name: str, notes: list[str]) -> list[Json]:
+def read_lines(out: str, name: str, notes: list[str]) -> list[Json]:
     """The objects of a JSON Lines file, without the lines that are none: a killed job may leave half a line."""
     url = storage.join(out, name)
     if not storage.exists(url):
@@ -136,7 +136,7 @@ def _object(content: Any) -> Json:
     return content if isinstance(content, dict) else {}
 
 
-def _list(content: Any) -> list[Any]:
+def as_list(content: Any) -> list[Any]:
     return content if isinstance(content, list) else []
 
 
@@ -153,7 +153,7 @@ def _facts(config: Json, train: Json, scored: Json, bulk: Json) -> tuple[tuple[s
             "Training in this folder",
             f"{train.get('num_steps')} steps in {train['wall_s']:.0f} s" if is_number(train.get("wall_s")) else "",
         ),
-        ("Resumed from steps", ", ".join(str(step) for step in _list(train.get("resumed_from")))),
+        ("Resumed from steps", ", ".join(str(step) for step in as_list(train.get("resumed_from")))),
         ("Bulk checkpoint", "" if scored else bulk.get("checkpoint")),
         ("Captioned in bulk", f"{bulk.get('num_captioned')} of {bulk['num_images']}" if "num_images" in bulk else ""),
     ]
@@ -170,10 +170,10 @@ def _search(decode: Json) -> str:
 def _settings(config: Json, scored: Json, bulk: Json) -> dict[str, dict[str, str]]:
     decoding = _object(scored.get("decode")) | {k: scored[k] for k in ("prompt", "data_fingerprint") if k in scored}
     found = {"Training": config, "Evaluation": decoding, "Bulk captioning": bulk}
-    return {name: {k: _shown(v) for k, v in values.items()} for name, values in found.items() if values}
+    return {name: {k: shown(v) for k, v in values.items()} for name, values in found.items() if values}
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -199,12 +199,12 @@ def _galleries(
     # An evaluation has one row per sample, in the order of the shards.
     numbers = {key: i for i, row in enumerate(images) if (key := str(row.get("key"))) in keys}
     shards, fingerprint = str(scored.get("shards", "")), str(scored.get("data_fingerprint", ""))
-    thumbnails = _thumbnails(shards, storage.join(out, INDEX), fingerprint, numbers, notes)
-    return {name: tuple(_captioned(row, thumbnails) for row in part) for name, part in chosen.items()}
+    pictures = thumbnails(shards, storage.join(out, INDEX), fingerprint, numbers, notes)
+    return {name: tuple(_captioned(row, pictures) for row in part) for name, part in chosen.items()}
 
 
-def _captioned(row: Json, thumbnails: Mapping[str, str]) -> CaptionedImage:
-    key, references = str(row.get("key")), tuple(str(text) for text in _list(row.get("references")))
+def _captioned(row: Json, pictures: Mapping[str, str]) -> CaptionedImage:
+    key, references = str(row.get("key")), tuple(str(text) for text in as_list(row.get("references")))
     known = {_plain(word) for text in references for word in text.split()}
     words = str(row.get("caption")).split(" ")
     return CaptionedImage(
@@ -212,7 +212,7 @@ def _captioned(row: Json, thumbnails: Mapping[str, str]) -> CaptionedImage:
         words=tuple((word, _plain(word) in known) for word in words),
         references=references,
         cider=row["cider"],
-        thumbnail=thumbnails.get(key, ""),
+        thumbnail=pictures.get(key, ""),
     )
 
 
@@ -220,7 +220,7 @@ def _plain(word: str) -> str:
     return word.strip(".,;:!?\"'()").lower()
 
 
-def _thumbnails(
+def thumbnails(
     shards: str, index_root: str, fingerprint: str, numbers: Mapping[str, int], notes: list[str]
 ) -> dict[str, str]:
     """A data: URL for each key whose image can be read, each with one range read; what cannot becomes a note.

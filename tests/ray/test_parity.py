@@ -1,4 +1,4 @@
-"""One checkpoint says the same in process, in bulk and over HTTP, with its fixtures in a folder and on S3."""
+"""One checkpoint of each family says the same in process, in bulk and over HTTP, with its fixtures in a folder and on S3."""
 
 import json
 import urllib.error
@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from s3_server import BUCKET, free_port
-from tiny import png_images, tiny_checkpoint
+from tiny import png_images
+from tiny_families import tiny_family
 
 from raycap import Captioner, storage
 from raycap.bulk.caption import caption_bucket
@@ -29,14 +30,18 @@ def bucket_files() -> dict[str, bytes]:
     return images | {"0/cut.png": images["0/image 00.png"][:100], "a-page.jpg": b"<html>404</html>"}
 
 
-@pytest.fixture(scope="module", params=["folder", "s3"])
+PLACES = [("blip", "folder"), ("blip", "s3"), ("clip_gpt2", "s3"), ("vit_gpt2", "folder"), ("vgg_lstm", "folder")]
+
+
+@pytest.fixture(scope="module", params=PLACES, ids="-".join)
 def roots(
     request: pytest.FixtureRequest, ray_cluster: str, s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, str]:
     """Where checkpoint, images and output lie: all in a folder, or all on S3."""
-    root = f"s3://{BUCKET}/parity" if request.param == "s3" else str(tmp_path_factory.mktemp("parity"))
+    family, place = request.param
+    root = f"s3://{BUCKET}/parity/{family}" if place == "s3" else str(tmp_path_factory.mktemp("parity"))
     roots = {name: storage.join(root, name) for name in ("checkpoint", "images", "out")}
-    spec, model, _ = tiny_checkpoint(seed=3)
+    spec, model = tiny_family(family)
     save_checkpoint(roots["checkpoint"], export_weights(model), spec, {"step": 0})
     for key, data in bucket_files().items():
         storage.put(storage.join(roots["images"], key), data)

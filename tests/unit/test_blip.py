@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from tiny import EOS_ID, PAD_ID, tiny_blip_config, tiny_blip_pair
+from tiny_gpt2 import set_by_formula
 from torch import Tensor, nn
 from transformers import BlipForConditionalGeneration
 
@@ -297,3 +298,25 @@ def test_parameters_are_used_only_inside_the_module_that_owns_them() -> None:
             parameter.fill_(torch.nan)
     for result, value in zip(run(), expected, strict=True):
         assert torch.equal(result, value)
+
+
+# Computed with transformers' BlipForConditionalGeneration in float64; weights and image are given by formulas.
+GOLDEN = [0.490996570010890, 0.625005530592189, -0.357509345803088, -0.661408568309152]
+GOLDEN_LOSS = 4.096070555061436
+
+
+@torch.no_grad()
+def test_logits_and_loss_of_weights_given_by_a_formula_stay_what_they_were() -> None:
+    config = tiny_blip_config()
+    published = set_by_formula(BlipForConditionalGeneration(config).double()).eval()
+    ours = Blip(config).double().eval()
+    ours.load_state_dict(published.state_dict())
+    pixel_values = torch.cos(torch.arange(3 * 32 * 32, dtype=torch.float64) * 0.37).view(1, 3, 32, 32)
+    ids = torch.tensor([[58, 5, 14, 15, 9, EOS_ID]])
+    state = ours.start(ours.encode_image(pixel_values), ids[0])
+    loss_sum, num_targets = ours(pixel_values, ids, ids)
+    theirs = published(pixel_values, ids, labels=ids)
+    for logits in (ours.step(state, ids[:, -1])[0, :4], theirs.logits[0, -1, :4]):
+        assert logits.tolist() == pytest.approx(GOLDEN, abs=1e-9)
+    for loss in (loss_sum / num_targets, theirs.loss):
+        assert loss.item() == pytest.approx(GOLDEN_LOSS, abs=1e-9)

@@ -18,6 +18,8 @@ from raycap.config import (
     CaptionBucketConfig,
     DemoConfig,
     EvaluateConfig,
+    FamiliesConfig,
+    ImportConfig,
     PrepareConfig,
     ServeConfig,
 )
@@ -34,6 +36,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "caption_bucket": {"caption_bucket": CaptionBucketConfig()},
     "serve": {"serve": ServeConfig()},
     "demo": {"demo": DemoConfig()},
+    "compare_families": {"families": FamiliesConfig()},
+    "import_weights": {"import_weights": ImportConfig()},
 }
 
 

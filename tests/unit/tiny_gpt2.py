@@ -61,7 +61,7 @@ def scatter_weights(model: nn.Module, seed: int = 0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            is_scale = name.endswith("weight") and ("norm" in name or ".ln_" in name)
+            is_scale = name.endswith("weight") and ("norm" in name.lower() or ".ln_" in name)
             parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator) + float(is_scale))
     return model
 
@@ -73,7 +73,7 @@ def set_by_formula(model: nn.Module) -> Any:
         for place, name in enumerate(names):
             parameter = model.get_parameter(name)
             angles = torch.arange(parameter.numel(), dtype=torch.float64) * (0.7 + 0.013 * place) + place
-            is_scale = name.endswith("weight") and ("norm" in name or ".ln_" in name)
+            is_scale = name.endswith("weight") and ("norm" in name.lower() or ".ln_" in name)
             parameter.copy_((0.3 * torch.sin(angles) + float(is_scale)).view(parameter.shape))
     return model
 
