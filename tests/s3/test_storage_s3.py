@@ -275,6 +275,15 @@ def test_a_folder_goes_up_and_comes_back_with_its_marker_last(
         storage.upload_folder(f"{tmp_path}/from", "s3://no-such-bucket/x", last="raycap.json")
 
 
+def test_removing_a_folder_takes_all_keys_below_it_and_none_beside_it(endpoint: str) -> None:
+    root = f"{ROOT}/remove"
+    for name in ("a/x", "a/sub/y", "ab/z"):
+        storage.put(f"{root}/{name}", b"1")
+    storage.remove_folder(f"{root}/a")
+    storage.remove_folder(f"{root}/a")  # not there any more
+    assert storage.list_files(root) == ["ab/z"]
+
+
 def test_an_endpoint_that_refuses_connections_fails_within_seconds(
     endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -233,6 +233,14 @@ def test_copying_a_folder_without_its_marker_or_without_files_is_refused(tmp_pat
         storage.download_folder(f"{tmp_path}/empty", f"{tmp_path}/to")
 
 
+def test_removing_a_folder_takes_all_below_it_and_nothing_beside_it(tmp_path: Path) -> None:
+    for name in ("a/x", "a/sub/y", "ab/z"):
+        storage.put(f"{tmp_path}/{name}", b"1")
+    storage.remove_folder(f"{tmp_path}/a")
+    storage.remove_folder(f"{tmp_path}/a")  # not there any more
+    assert [path.name for path in tmp_path.iterdir()] == ["ab"]
+
+
 def test_lines_are_cut_at_their_ends_alone_wherever_a_chunk_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
