@@ -175,6 +175,8 @@ class ImportConfig:
     """Text in front of every caption, such as BLIP's "a picture of "."""
     image_size: int = 0
     """Side of the images in pixels; 0 keeps that of the weights, whose position embeddings are interpolated otherwise."""
+    settings: str = ""
+    """JSON object of settings in place of the architecture's: {"mapper": "linear_tanh", "freeze_text": 6, "normalize_prefix": true}."""
     num_heads: int = 0
     """Heads of ClipCap's GPT-2, which leave no trace in its weights; 0 takes one for each 64 of its width."""
     seed: int = 0

@@ -5,6 +5,7 @@ folder or drawn anew from a seed; the printed lines say which.
 """
 
 import copy
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,10 @@ TOWERS = {  # model_type in the config.json of a published folder -> transformer
     "siglip_vision_model": "SiglipVisionModel",
     "dinov2": "Dinov2Model",
 }
+# What --settings may name: of towers put together, of ClipCap's weights (which say the rest themselves), of VGG16's.
+FREEZING = ("freeze_vision", "freeze_text", "normalize_prefix")
+MAPPING = ("mapper", "prefix_length", "clip_length", "num_mapper_layers", "num_mapper_heads")
+DECODING = ("attention", "embedding_size", "hidden_size", "dropout", "freeze_vision")
 
 
 def import_weights(config: ImportConfig, say: Say = print) -> None:
@@ -74,6 +79,7 @@ def _of_file(config: ImportConfig, say: Say) -> tuple[CheckpointSpec, CaptionMod
 
 
 def _blip(weights: Weights, config: ImportConfig, say: Say) -> tuple[CheckpointSpec, CaptionModel]:
+    _with_settings({}, config, ())
     given, converted, dropped = blip_from_salesforce(weights, config.weights, image_size=config.image_size or None)
     if dropped:
         say(f"left out {len(dropped)} tensors of other heads (first: {dropped[0]})")
@@ -107,20 +113,22 @@ def _clipcap(weights: Weights, config: ImportConfig, say: Say) -> tuple[Checkpoi
     }
     model_config = CLIP_GPT2_MLP | layout | {"vision_config": vision_config}
     model_config["text_config"] = CLIP_GPT2_MLP["text_config"] | sizes | {"n_head": config.num_heads or sizes["n_head"]}
-    spec = _spec(complete_config(model_config, config.weights), _gpt2_text(config), image, config)
+    model_config = _with_settings(complete_config(model_config, config.weights), config, FREEZING)
+    spec = _spec(model_config, _gpt2_text(config), image, config)
     say(f"the vision tower is that of {config.vision_tower}")
     return spec, load_model(spec, {**ours, **tower}, config.weights)
 
 
 def _vgg(weights: Weights, config: ImportConfig, say: Say) -> tuple[CheckpointSpec, CaptionModel]:
     tokenizer = load_tokenizer(_require("--tokenizer", config.tokenizer, "the vocabulary of the LSTM"))
+    preset = _with_settings(VGG_LSTM, config, DECODING)
     try:
-        ours = import_torchvision(weights, attention=bool(VGG_LSTM["attention"]))
+        ours = import_torchvision(weights, attention=preset["attention"])
     except ValueError as error:
         raise CheckpointError(f"{config.weights!r}: {error}") from error
     text = _text(tokenizer, config)
-    size = config.image_size or VGG_LSTM["image_size"]
-    model_config = VGG_LSTM | {"vocab_size": tokenizer.get_vocab_size(), "image_size": size}
+    size = config.image_size or preset["image_size"]
+    model_config = preset | {"vocab_size": tokenizer.get_vocab_size(), "image_size": size}
     spec = _spec(model_config, text, replace(IMAGES["vgg_lstm"], size=size), config)
     say("the LSTM is drawn anew: train it with jobs/train_vgg_lstm.py --init-from this folder")
     return spec, _with(spec, ours, config.weights)
@@ -134,9 +142,11 @@ def _of_towers(config: ImportConfig, say: Say) -> tuple[CheckpointSpec, CaptionM
     text = _gpt2_text(config)
     if preset["model_type"] == "clip_gpt2":
         preset |= {"vision_config": vision_config, "text_config": text_config}
+        preset = _with_settings(preset, config, (*FREEZING, *MAPPING))
         weights = {**tower, **{f"gpt.{name}": tensor for name, tensor in decoder.items()}}
         fresh = "the mapper"
     else:
+        _with_settings(preset, config, ())
         if vision_config["model_type"] != "vit":
             raise UserError(
                 f"--architecture {config.architecture} reads a ViT, and {config.vision_tower!r} is none; give one"
@@ -153,6 +163,24 @@ def _of_towers(config: ImportConfig, say: Say) -> tuple[CheckpointSpec, CaptionM
     spec = _spec(model_config, text, image, config)
     say(f"{fresh} is drawn anew: train it with --init-from this folder")
     return spec, _with(spec, weights, f"{config.vision_tower} and {config.text_decoder}")
+
+
+def _with_settings(model_config: dict[str, Any], config: ImportConfig, names: tuple[str, ...]) -> dict[str, Any]:
+    """The configuration with --settings in place of its own. Raises UserError for what it has no such setting for."""
+    if not config.settings:
+        return model_config
+    try:
+        given = json.loads(config.settings)
+    except ValueError as error:
+        raise UserError(f"--settings {config.settings!r} is no JSON ({error}); give an object in quotes") from error
+    if not isinstance(given, dict) or (unknown := sorted(given.keys() - set(names))):
+        what = f"names {unknown[0]!r}" if isinstance(given, dict) else "is no JSON object"
+        raise UserError(f"--settings {config.settings!r} {what}; these weights take {', '.join(names) or 'none'}")
+    try:
+        complete_config(changed := model_config | given, "--settings")
+    except CheckpointError as error:
+        raise UserError(f"--settings {config.settings!r} cannot be used: {error.__cause__}") from error
+    return changed
 
 
 def _with(spec: CheckpointSpec, weights: Weights, source: str) -> CaptionModel:

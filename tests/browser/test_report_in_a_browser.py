@@ -10,7 +10,7 @@ from conftest import Demo
 from PIL import Image
 from run_folder import SHOWN, poison_run, rows_of, write_run
 
-from raycap.report import write_report
+from raycap.report import write_comparison, write_report
 
 VIEWS = {
     "desk": (1200, 900, False),
@@ -49,7 +49,7 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
 
 @pytest.fixture(scope="module")
 def reports(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """URLs: a usual run, one whose every text wants to do harm, and one of which only the scores are left."""
+    """URLs: a usual run, one whose every text wants to do harm, one of which only the scores are left; two side by side."""
     root = tmp_path_factory.mktemp("runs")
     runs = {
         name: Path(write_run(root / name, demo.test, rows_of(demo.test))) for name in ("usual", "hostile", "scores")
@@ -58,32 +58,46 @@ def reports(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
     for file in runs["scores"].rglob("*"):
         if file.is_file() and file.name != "metrics.json":
             file.unlink()
-    return {name: Path(write_report(str(run))).as_uri() for name, run in runs.items()}
+    urls = {name: Path(write_report(str(run))).as_uri() for name, run in runs.items()}
+    return urls | {"comparison": Path(write_comparison(str(root), ["usual", "hostile"])).as_uri()}
 
 
-@pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("name", ["usual", "hostile", "scores"])
-def test_a_report_is_whole_readable_and_silent(
-    tab: Tab, reports: dict[str, str], tmp_path: Path, name: str, view: str
-) -> None:
+def text_of_a_sound_page(tab: Tab, url: str, view: str, num_images: int) -> str:
+    """What the page says; it is whole, asks for nothing, fits its width, and can be read."""
     width, height, dark = VIEWS[view]
     tab.resize(width, height, dark=dark)
     tab.requests.clear()
-    tab.open(reports[name])
+    tab.open(url)
     images = tab.evaluate("Promise.all([...document.images].map(i => i.decode().then(() => i.naturalWidth)))")
-    assert images == ([] if name == "scores" else [96] * 48)
-    assert {url for url in tab.requests if not url.startswith("data:")} == {reports[name]}
+    assert images == [96] * num_images
+    assert {url for url in tab.requests if not url.startswith("data:")} == {url}
     assert tab.complaints == []
     assert tab.evaluate("document.documentElement.scrollWidth") == width
     ratio, text = tab.evaluate(LOWEST_CONTRAST)
     assert ratio >= 4.5, text
-    text = tab.evaluate("document.body.innerText")
-    assert "1.2346" in text
-    assert (SHOWN in text) == (name == "hostile")
     picture = Image.open(io.BytesIO(tab.screenshot())).convert("L")
     assert picture.width == width
     assert (picture.getpixel((2, 2)) < 60) == dark  # type: ignore[operator]  # one band: a number
     assert picture.getextrema()[1] - picture.getextrema()[0] > 150  # type: ignore[operator]
+    said: str = tab.evaluate("document.body.innerText")
+    return said
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("name", ["usual", "hostile", "scores"])
+def test_a_report_is_whole_readable_and_silent(tab: Tab, reports: dict[str, str], name: str, view: str) -> None:
+    text = text_of_a_sound_page(tab, reports[name], view, num_images=0 if name == "scores" else 48)
+    assert "1.2346" in text
+    assert (SHOWN in text) == (name == "hostile")
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_comparison_is_whole_readable_and_silent_whatever_its_runs_say(
+    tab: Tab, reports: dict[str, str], view: str
+) -> None:
+    text = text_of_a_sound_page(tab, reports["comparison"], view, num_images=12)
+    assert text.count("1.235") == 2
+    assert SHOWN in text
 
 
 def test_the_galleries_are_chosen_with_the_keyboard(tab: Tab, reports: dict[str, str]) -> None:

@@ -7,19 +7,24 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from s3_server import BUCKET, free_port
 from tiny import png_images
-from tiny_families import tiny_family
+from tiny_families import TEXT, TOKENIZER
 
 from raycap import Captioner, storage
 from raycap.bulk.caption import caption_bucket
 from raycap.checkpoint import export_weights, save_checkpoint
-from raycap.config import CaptionBucketConfig, ServeConfig
+from raycap.config import CaptionBucketConfig, ServeConfig, TrainConfig
 from raycap.schema import CaptionResult, DecodeSettings
 from raycap.serving.run import start, stop
+from raycap.text import save_tokenizer
+from raycap.training.start import build_start
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
 
+# Seed, and how many times as large matrices are as where training starts: the images have captions of their own.
+DRAWN = {"blip": (0, 2.0), "clip_gpt2": (0, 4.0), "vit_gpt2": (0, 6.0), "vgg_lstm": (2, 4.0)}
 Answer = tuple[str | None, str | None]  # caption, error kind
 GAP = 1e-3  # DESIGN's fixtures: no caption hangs on a smaller difference of log-probabilities
 
@@ -28,6 +33,26 @@ def bucket_files() -> dict[str, bytes]:
     """16 images by key, two of them broken."""
     images = {f"{n % 3}/image {n:02d}.png": image for n, image in enumerate(png_images(14))}
     return images | {"0/cut.png": images["0/image 00.png"][:100], "a-page.jpg": b"<html>404</html>"}
+
+
+def write_checkpoint(family: str, root: str, tokenizer: str) -> None:
+    """The family's tiny preset at 32 pixels, drawn by DRAWN."""
+    seed, spread = DRAWN[family]
+    config = TrainConfig(
+        architecture=f"{family}_tiny",  # type: ignore[arg-type]  # one of the literals
+        train_shards="/none",
+        val_shards="/none",
+        tokenizer=tokenizer,
+        image_size=32,
+        max_new_tokens=12,
+        seed=seed,
+    )
+    spec, model = build_start(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(spread)
+    save_checkpoint(root, export_weights(model), spec, {"step": 0})
 
 
 PLACES = [("blip", "folder"), ("blip", "s3"), ("clip_gpt2", "s3"), ("vit_gpt2", "folder"), ("vgg_lstm", "folder")]
@@ -41,8 +66,9 @@ def roots(
     family, place = request.param
     root = f"s3://{BUCKET}/parity/{family}" if place == "s3" else str(tmp_path_factory.mktemp("parity"))
     roots = {name: storage.join(root, name) for name in ("checkpoint", "images", "out")}
-    spec, model = tiny_family(family)
-    save_checkpoint(roots["checkpoint"], export_weights(model), spec, {"step": 0})
+    tokenizer = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(TOKENIZER, TEXT, str(tokenizer))
+    write_checkpoint(family, roots["checkpoint"], str(tokenizer))
     for key, data in bucket_files().items():
         storage.put(storage.join(roots["images"], key), data)
     return roots

@@ -3,9 +3,9 @@
 import json
 import threading
 import time
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import pytest
@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from training_runs import curve, records_of
 
 from raycap.captioner import Captioner
+from raycap.checkpoint import export_weights, save_checkpoint
 from raycap.config import TrainConfig
 from raycap.data.batch import Source, iterate_local
 from raycap.errors import TrainingError, UserError
@@ -30,8 +31,25 @@ pytestmark = pytest.mark.ray
 STEPS = 20
 
 
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Steps start to stop of a run in a worker group; the sharded state is read from `load` and left in `save`."""
+
+    config: TrainConfig
+    start: int = 0
+    stop: int = STEPS
+    load: str = ""
+    save: str = ""
+
+
 def inputs(config: TrainConfig) -> tuple[Plan, Manifest, Source, Any, Any]:
+    """What a run starts from; without dropout, whose masks are others in other shapes."""
     spec, model = build_start(config)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
     manifest = read_manifest(config.train_shards)
     source = Source(
         image=spec.image,
@@ -46,13 +64,14 @@ def inputs(config: TrainConfig) -> tuple[Plan, Manifest, Source, Any, Any]:
 def plain_losses(config: TrainConfig) -> list[float]:
     """The same model on the same global batches, in a plain PyTorch loop that shares nothing else with ours."""
     plan, manifest, source, spec, model = inputs(config)
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups)
     losses = []
+    model.train()
     for batch in iterate_local(plan, manifest, source, 0, STEPS):
         labels = torch.tensor(batch.labels).flatten(0, 1)
         pixel_values = normalize(torch.tensor(batch.pixel_values), spec.image)
@@ -68,35 +87,39 @@ def plain_losses(config: TrainConfig) -> list[float]:
     return losses
 
 
-def _train_under_every_stage(settings: dict[str, Any]) -> None:
-    """Runs in each worker: the same first steps under ZeRO 0 to 3 in one worker group; rank 0 writes down what it saw."""
+def _run_cases(settings: dict[str, Any]) -> None:
+    """Runs in each worker: one case after the other in one worker group; rank 0 writes down what it saw."""
     import ray.train
 
     torch.set_num_threads(1)
-    context = ray.train.get_context()
-    results: dict[int, Any] = {}
-    for stage in (0, 1, 2, 3):
-        config = replace(TrainConfig(**settings["config"]), zero_stage=stage, eval_every=10**6, checkpoint_every=10**6)
+    rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
+    results: list[dict[str, Any]] = []
+    for case in settings["cases"]:
+        config = replace(case.config, eval_every=10**6, checkpoint_every=10**6)
         plan, manifest, source, spec, model = inputs(config)
         num_parameters = sum(p.numel() for p in model.parameters())
-        engine = DeepSpeedEngine(model, config, torch.device("cpu"), num_micro_steps=2)
+        engine = DeepSpeedEngine(model, config, torch.device("cpu"), num_micro_steps=4 // world)
+        if case.load:
+            engine.load_state(Path(case.load))
         records: list[dict[str, Any]] = []
         train(
             engine,
-            iterate_local(plan, manifest, source, 0, STEPS, context.get_world_rank(), context.get_world_size()),
+            iterate_local(plan, manifest, source, case.start, case.stop, rank, world),
             config=config,
             image=spec.image,
-            position=Position(),
+            position=Position(step=case.start),
             num_steps=STEPS,
             evaluate=lambda step: {"cider": 0.0},  # noqa: ARG005
             save=lambda position: None,  # noqa: ARG005
             save_best=lambda position, metrics: None,  # noqa: ARG005
             log=records.append,
         )
+        if case.save:
+            engine.save_state(Path(case.save))
         num_weights = sum(w.numel() for w in engine.weights().values())
         shares = engine.gather(_num_moments(engine.engine.optimizer))
-        if engine.rank == 0:
-            results[stage] = {
+        results.append(
+            {
                 "stage": engine.engine.zero_optimization_stage(),
                 "optimizer": type(engine.engine.optimizer).__name__,
                 "losses": [record["loss"] for record in records if "loss" in record],
@@ -105,8 +128,9 @@ def _train_under_every_stage(settings: dict[str, Any]) -> None:
                 "num_parameters": num_parameters,
                 "num_weights": num_weights,
             }
+        )
         del engine, model
-    if context.get_world_rank() == 0:
+    if rank == 0:
         Path(settings["result"]).write_text(json.dumps(results))
     ray.train.report({})
 
@@ -118,37 +142,76 @@ def _num_moments(optimizer: Any) -> int:
     return sum(state["exp_avg"].numel() for state in optimizer.state.values())
 
 
-def test_two_workers_under_every_zero_stage_lose_what_a_plain_pytorch_loop_loses(
-    ray_cluster: str, config: TrainConfig, tmp_path: Path
-) -> None:
+def run_cases(cases: list[Case], num_workers: int, folder: Path) -> list[dict[str, Any]]:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    result = tmp_path / "result.json"
+    result = folder / f"result-{num_workers}.json"
     TorchTrainer(
-        _train_under_every_stage,
-        train_loop_config={"config": asdict(config), "result": str(result)},
+        _run_cases,
+        train_loop_config={"cases": cases, "result": str(result)},
         torch_config=TorchConfig(backend="gloo"),
-        scaling_config=ScalingConfig(num_workers=2),
+        scaling_config=ScalingConfig(num_workers=num_workers),
         run_config=RunConfig(
-            name="stages", storage_path=str(tmp_path), failure_config=FailureConfig(controller_failure_limit=0)
+            name=f"cases-{num_workers}",
+            storage_path=str(folder),
+            failure_config=FailureConfig(controller_failure_limit=0),
         ),
     ).fit()
+    results: list[dict[str, Any]] = json.loads(result.read_text())
+    return results
+
+
+def test_two_workers_under_every_zero_stage_lose_what_a_plain_pytorch_loop_loses(
+    ray_cluster: str, config: TrainConfig, tmp_path: Path
+) -> None:
+    stages: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
+    results = run_cases([Case(config=replace(config, zero_stage=stage)) for stage in stages], 2, tmp_path)
     expected = plain_losses(config)
-    results = json.loads(result.read_text())
     assert len(expected) == STEPS
     assert expected[-1] < 0.7 * expected[0]
-    for stage in (0, 1, 2, 3):
-        seen = results[str(stage)]
+    for stage, seen in zip(stages, results, strict=True):
         assert seen["stage"] == stage
         assert seen["losses"] == pytest.approx(expected, abs=1e-5)
-        assert seen["digests"] == results["0"]["digests"]
+        assert seen["digests"] == results[0]["digests"]
         # What ZeRO is for: each of two ranks holds the whole of Adam's state without it, about half from stage 1 on.
         whole = seen["num_parameters"]
         for share in seen["moments_of_ranks"]:
             assert share == whole if stage == 0 else whole / 2 <= share <= whole / 2 + 10_000
-        assert seen["num_weights"] == results["0"]["num_weights"]
-    assert "ZeRO" in results["3"]["optimizer"] or "Stage3" in results["3"]["optimizer"]
+        assert seen["num_weights"] == results[0]["num_weights"]
+    assert "ZeRO" in results[3]["optimizer"] or "Stage3" in results[3]["optimizer"]
+
+
+def half_frozen(config: TrainConfig, folder: str) -> TrainConfig:
+    """A CLIP-GPT2 whose tower and first block are not trained, with its weights in a folder."""
+    spec, model = build_start(replace(config, architecture="clip_gpt2_tiny"))
+    frozen = spec.model_config | {"freeze_vision": True, "freeze_text": 1}
+    save_checkpoint(folder, export_weights(model), replace(spec, model_config=frozen), {"step": 0})
+    return replace(config, init_from=folder, tokenizer="")
+
+
+def test_every_family_frozen_in_parts_or_not_loses_what_a_plain_loop_loses_and_goes_on_with_one_worker(
+    ray_cluster: str, config: TrainConfig, tmp_path: Path
+) -> None:
+    families: dict[str, TrainConfig] = {
+        "vit_gpt2": replace(config, architecture="vit_gpt2_tiny"),
+        "vgg_lstm": replace(config, architecture="vgg_lstm_tiny"),
+        "half_frozen": half_frozen(config, str(tmp_path / "half_frozen")),
+    }
+    half = STEPS // 2
+    states = {name: str(tmp_path / f"state-{name}") for name in families}
+    sharded = [Case(config=replace(c, zero_stage=3), stop=half) for c in families.values()]
+    begun = [Case(config=c, stop=half, save=states[name]) for name, c in families.items()]
+    ended = [Case(config=c, start=half, load=states[name]) for name, c in families.items()]
+    results = run_cases(sharded + begun, 2, tmp_path)
+    rest = run_cases(ended, 1, tmp_path)
+    for number, (name, family) in enumerate(families.items()):
+        expected = plain_losses(family)
+        assert expected[-1] < 0.8 * expected[0], name
+        under_3, under_1 = results[number], results[number + len(families)]
+        assert under_3["losses"] == pytest.approx(expected[:half], abs=1e-5), name
+        assert under_1["losses"] + rest[number]["losses"] == pytest.approx(expected, abs=1e-5), name
+        assert under_3["num_weights"] == under_1["num_weights"] == rest[number]["num_weights"]
 
 
 def test_a_run_leaves_a_verified_checkpoint_the_last_ones_and_a_report(undisturbed: TrainConfig) -> None:

@@ -232,8 +232,6 @@ def test_the_exported_modules_name_nothing_of_raycap_and_only_each_other() -> No
 def test_where_raycap_is_registered_the_folder_loads_without_trust_in_its_code(exports: dict[str, Export]) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    hub.register()
-    hub.register()
     export = exports["clip"]
     model = AutoModelForImageTextToText.from_pretrained(export.folder).eval()
     processor = AutoProcessor.from_pretrained(export.folder)

@@ -1,5 +1,6 @@
 """raycap/checkpoint/imports.py: original files and pretrained towers become checkpoint folders that every door opens."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     spec = TextSpec(prompt="", bos_id=bos_id, eos_id=eos_id, pad_id=pad_id, max_tokens=40, clean=False)
     save_tokenizer(tokenizer, spec, str(root / "gpt2"))
     return {name: root / name for name in ("clip", "vit", "gpt2")}
+
+
+TOWERS = {"vision_tower": "{clip}", "text_decoder": "{gpt2}"}
 
 
 def captions_of(folder: Path) -> list[str | None]:
@@ -156,6 +160,18 @@ def test_torchvisions_vgg16_gives_its_features_to_a_fresh_lstm(folders: dict[str
     assert all(bool((t == 0.01).all()) for t in features.values())
 
 
+def test_settings_stand_in_the_place_of_the_architectures(folders: dict[str, Path], tmp_path: Path) -> None:
+    settings = {"mapper": "linear_tanh", "prefix_length": 3, "freeze_text": 1, "normalize_prefix": True}
+    given = {name: value.format(**folders) for name, value in TOWERS.items()}
+    config = ImportConfig(**given, settings=json.dumps(settings), out=str(tmp_path / "out"))
+    import_weights(config, lambda _: None)
+    captioner = Captioner.load(tmp_path / "out")
+    assert captioner.spec.model_config.items() >= settings.items()
+    frozen = {name for name, parameter in captioner.model.named_parameters() if not parameter.requires_grad}
+    assert any(name.startswith("vision_tower.") for name in frozen)  # as the preset has it
+    assert {name.split(".")[3] for name in frozen if name.startswith("gpt.")} == {"0"}
+
+
 class Payload:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -185,6 +201,14 @@ def test_a_payload_never_runs_whatever_the_file_is_called(name: str, folders: di
             "is a model of type 'gpt2'; give one with a vision tower",
         ),
         ({"vision_tower": "{clip}", "text_decoder": "{gpt2}", "architecture": "vit_gpt2"}, "reads a ViT"),
+        (TOWERS | {"settings": "mapper=mlp"}, "--settings 'mapper=mlp' is no JSON"),
+        (TOWERS | {"settings": "[1]"}, "is no JSON object; these weights take freeze_vision"),
+        (TOWERS | {"settings": '{{"n_layer": 3}}'}, "names 'n_layer'; these weights take freeze_vision, freeze_text"),
+        (TOWERS | {"settings": '{{"mapper": "mean"}}'}, "cannot be used: mapper is 'mean'; give one of linear_tanh"),
+        (
+            TOWERS | {"settings": '{{"freeze_text": 3}}'},
+            "cannot be used: freeze_text is 3; give none, all, or how many .* up to 2",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing(
