@@ -277,8 +277,11 @@ def load_tokenizer(source: str) -> Tokenizer:
 
 def _parse(data: bytes, source: str) -> Tokenizer:
     try:
-        return Tokenizer.from_str(data.decode())
+        tokenizer = Tokenizer.from_str(data.decode())
     except Exception as e:  # the library raises bare Exception
         raise CheckpointError(
             f"cannot load the tokenizer of '{source}': tokenizer.json is damaged ({e}); write that folder again"
         ) from e
+    tokenizer.no_padding()  # whoever saved it may have left either on; raycap cuts and pads by itself
+    tokenizer.no_truncation()
+    return tokenizer

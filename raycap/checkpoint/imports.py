@@ -21,7 +21,7 @@ from raycap.checkpoint.originals import blip_from_salesforce, read_pickled
 from raycap.checkpoint.published import local_folder
 from raycap.checkpoint.sealed import SEAL, save_checkpoint
 from raycap.checkpoint.spec import CheckpointSpec
-from raycap.checkpoint.weights import export_weights, load_model, read_weights
+from raycap.checkpoint.weights import export_weights, load_model, read_weights, weight_files
 from raycap.config import ImportConfig
 from raycap.errors import CheckpointError, UserError
 from raycap.models import CaptionModel, build_model
@@ -230,6 +230,7 @@ def _load(kind: Any, folder: Path, source: str) -> Any:
     """A tower as transformers loads it, whole: every weight of it is in the folder, but for a pooler that nothing reads."""
     from transformers import logging
 
+    weight_files(folder, source)  # safetensors, or what to do
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it lists the text tower that is left out
     try:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Container, Mapping
 from pathlib import Path
+from reprlib import Repr
 from typing import Any
 
 from raycap.checkpoint.folder import read_json
@@ -19,7 +20,11 @@ ARCHITECTURES = {  # the one entry of "architectures" in config.json
     "vision-encoder-decoder": "VisionEncoderDecoderModel",
     "vgg_lstm": "VggLstm",
 }
+MOST_BEAMS = 100  # that generation_config.json may ask for: every image becomes as many rows
 _RESAMPLES = {2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
+_shown = Repr()  # what a file holds, in a sentence: however long or deep it is, it is cut
+_shown.maxstring = _shown.maxother = _shown.maxlong = 100
+_shown.maxdict = _shown.maxlist = _shown.maxlevel = 3
 
 
 def hugging_face_files(spec: CheckpointSpec) -> dict[str, dict[str, Any]]:
@@ -83,21 +88,26 @@ def complete_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     """A published config.json with the defaults that older exports leave out. Raises CheckpointError."""
     kind = config.get("model_type")
     auto_map = config.get("auto_map")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise CheckpointError(
-            f"{source!r} holds a model of type {kind!r}; raycap imports {', '.join(ARCHITECTURES)}; choose such a folder"
+            f"{source!r} holds a model of type {_shown.repr(kind)}; raycap imports {', '.join(ARCHITECTURES)}; choose such a folder"
         )
     if auto_map is not None and (kind != "clip_gpt2" or auto_map != hub.CONFIG_AUTO_MAP):
         raise CheckpointError(
-            f"config.json of {source!r} names code of its own (auto_map: {auto_map!r}), which raycap does not run; choose a "
+            f"config.json of {source!r} names code of its own (auto_map: {_shown.repr(auto_map)}), which raycap does not run; choose a "
             f"folder without it"
         )
     try:
         return _complete(kind, {name: value for name, value in config.items() if name != "auto_map"})
     except Exception as error:  # transformers' checks raise a dozen types
         raise CheckpointError(
-            f"config.json of {source!r} is no configuration of a {kind} model ({' '.join(str(error).split())}); copy it again"
+            f"config.json of {source!r} is no configuration of a {kind} model ({_in_short(error)}); copy it again"
         ) from error
+
+
+def _in_short(error: Exception) -> str:
+    words = " ".join(str(error).split())
+    return words if len(words) < 300 else f"{words[:300]}..."
 
 
 def _complete(kind: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -199,29 +209,33 @@ def read_image_spec(folder: Path, source: str) -> tuple[str, ImageSpec]:
     size, fit = _size_and_fit(image)
     if size is None or not {"image_mean", "image_std"} <= image.keys():
         raise CheckpointError(
-            f"{name} of {source!r} has no square size, image_mean and image_std (size: {image.get('size')!r}); raycap resizes "
+            f"{name} of {source!r} has no square size, image_mean and image_std (size: {_shown.repr(image.get('size'))}); raycap resizes "
             f"images to a square, or their shorter side and cuts out the middle: choose a folder that asks for either"
         )
     kind = str(image.get("image_processor_type") or image.get("feature_extractor_type") or "Blip")
     resample = image.get("resample", 2 if kind.startswith("ViT") else 3)
+    scale = image.get("rescale_factor") or 1 / 255
     ours = {"do_resize": True, "do_rescale": True, "do_normalize": True}
     others = {key: image[key] for key, value in ours.items() if image.get(key) not in (None, value)}
-    if resample not in _RESAMPLES:
+    if not isinstance(resample, int) or resample not in _RESAMPLES:
         others["resample"] = resample
-    if not math.isclose(image.get("rescale_factor") or 1 / 255, 1 / 255, rel_tol=1e-6):
-        others["rescale_factor"] = image["rescale_factor"]
+    if not isinstance(scale, int | float) or not abs(255 * scale - 1) < 1e-6:
+        others["rescale_factor"] = scale
     if others:
         raise CheckpointError(
-            f"{name} of {source!r} asks for {others}; raycap resizes bicubic or bilinear, scales by 1/255 and normalises: choose a "
+            f"{name} of {source!r} asks for {_shown.repr(others)}; raycap resizes bicubic or bilinear, scales by 1/255 and normalises: choose a "
             f"folder of such preprocessing"
         )
     given = {"size": size, "mean": image["image_mean"], "std": image["image_std"], "resample": _RESAMPLES[resample]}
     try:
-        return name, ImageSpec.from_dict({**given, "fit": fit})
-    except (TypeError, ValueError) as error:
+        spec = ImageSpec.from_dict({**given, "fit": fit})
+        if not all(map(math.isfinite, (*spec.mean, *spec.std))) or min(spec.std) <= 0:
+            raise ValueError("finite ones, and image_std above 0")
+    except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(
-            f"image_mean and image_std in {name} of {source!r} are not three numbers each ({error}); copy it again"
+            f"image_mean and image_std in {name} of {source!r} are not three numbers each ({_in_short(error)}); copy it again"
         ) from error
+    return name, spec
 
 
 def _size_and_fit(image: Mapping[str, Any]) -> tuple[int | None, str]:
@@ -252,6 +266,14 @@ def read_decode_settings(folder: Path, source: str) -> DecodeSettings:
     given = read_json(folder / name, source) if (folder / name).exists() else {}
     keys = ("max_new_tokens", "min_new_tokens", "num_beams", "length_penalty")
     try:
-        return DecodeSettings(**{key: given[key] for key in keys if given.get(key) is not None})
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{name} of {source!r} cannot be followed: {error}; correct it there") from error
+        settings = DecodeSettings(**{key: given[key] for key in keys if given.get(key) is not None})
+        for key in keys[:3]:
+            if type(getattr(settings, key)) is not int:
+                raise ValueError(f"{key} is {_shown.repr(given[key])}, which is no whole number")
+        if settings.num_beams > MOST_BEAMS:
+            raise ValueError(f"num_beams is {_shown.repr(settings.num_beams)}, and raycap takes {MOST_BEAMS} at most")
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(
+            f"{name} of {source!r} cannot be followed: {_in_short(error)}; correct it there"
+        ) from error
+    return settings

@@ -30,6 +30,7 @@ Layout = dict[str, tuple[str, tuple[int, ...]]]  # name in the file -> (Hugging 
 Imported = tuple[dict[str, Any], dict[str, Tensor], list[str]]  # configuration, weights, names of what was dropped
 
 HEAD_WIDTH = 64  # of ViT-B, ViT-L and BERT base; the number of heads leaves no trace in the weights
+MOST_EXPANSION = 10  # of a compressed file in memory: weights shrink by a tenth, a trap by a thousand
 SEP_ID = 102  # [SEP] of bert-base-uncased, which ends captions; [DEC] and [ENC] come behind that vocabulary
 # What a file may hold beside the model that is read: momentum copies and queues of negatives, and heads of the other one.
 _BESIDE = r"(visual_encoder|text_encoder|vision_proj|text_proj)_m\.|(image_queue|text_queue|idx_queue|queue_ptr|ptr_queue|temp)$"
@@ -141,6 +142,11 @@ def _unpickle(path: Path, source: str) -> Any:
         raise CheckpointError(
             f"{source!r} is no pickled file by its name; give the file that torch.save wrote, such as a .pth"
         )
+    if _expansion(path) > MOST_EXPANSION:
+        raise CheckpointError(
+            f"{source!r} is compressed to less than 1/{MOST_EXPANSION} of what it would take in memory, which no weights are; choose "
+            f"another file"
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
     except OSError as error:
@@ -158,6 +164,15 @@ def _unpickle(path: Path, source: str) -> Any:
         raise CheckpointError(
             f"{source!r} cannot be read as what torch.save writes: it is cut short, damaged or of another format; copy it again"
         ) from error
+
+
+def _expansion(path: Path) -> float:
+    """How much larger the contents of a zip file are than the file; 1 for any other file."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return sum(entry.file_size for entry in file.infolist()) / path.stat().st_size
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return 1  # torch.load says what it is
 
 
 def _can_be_mapped(path: Path) -> bool:

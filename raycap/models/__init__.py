@@ -5,11 +5,13 @@ from typing import Any, TypeAlias
 
 from raycap.models.blip import Blip
 from raycap.models.clip_gpt2 import ClipGpt2
+from raycap.models.hub.registering import watch_imports
 from raycap.models.vgg_lstm import VggLstm
 from raycap.models.vit_gpt2 import VitGpt2
 
 CaptionModel: TypeAlias = Blip | ClipGpt2 | VitGpt2 | VggLstm  # every kind there is
 KINDS = ("blip", "clip_gpt2", "vision-encoder-decoder", "vgg_lstm")  # "model_type" in config.json
+watch_imports()
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,7 @@ def tiny_clip_gpt2_family(
 
 def tiny_vit_gpt2_family(prompt: str = "", *, pooler: bool = True) -> tuple[CheckpointSpec, CaptionModel]:
     model, published = tiny_vit_gpt2_pair(pooler=pooler, vocab_size=TOKENIZER.get_vocab_size(), **ROLES)
-    with torch.no_grad():  # random weights rarely end a caption by themselves, and look at the text more than at the image
-        model.decoder.lm_head.weight[TEXT.eos_id] *= 1.5
+    with torch.no_grad():  # random weights look at the text more than at the image
         for layer in model.decoder.transformer.h:
             layer.crossattention.c_proj.weight *= 4
     config = published.config.to_dict()

@@ -2,8 +2,8 @@
 
 With these a folder loads by AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True), and by
 pipeline("image-text-to-text", model=folder, trust_remote_code=True), where raycap is not installed. The modules are flat
-and import only transformers, torch and each other. Where raycap is installed, register() makes trust_remote_code
-unnecessary.
+and import only transformers, torch and each other. Where raycap.models is imported, before transformers or after it,
+trust_remote_code is not needed: registering.py.
 """
 
 from pathlib import Path
@@ -26,16 +26,3 @@ PROCESSOR_AUTO_MAP = {"AutoProcessor": f"processing_clip_gpt2.{PROCESSOR}"}  # "
 def module_texts() -> dict[str, str]:
     """Name -> content of every module that belongs into a folder."""
     return {name: (Path(__file__).parent / name).read_text(encoding="utf-8") for name in MODULES}
-
-
-def register() -> None:
-    """Tells transformers' auto classes about CLIP-GPT2. Imports transformers, so nothing calls it by itself."""
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-
-    from raycap.models.hub.configuration_clip_gpt2 import ClipGpt2Config
-    from raycap.models.hub.modeling_clip_gpt2 import ClipGpt2ForConditionalGeneration
-    from raycap.models.hub.processing_clip_gpt2 import ClipGpt2Processor
-
-    AutoConfig.register(ClipGpt2Config.model_type, ClipGpt2Config, exist_ok=True)
-    AutoModelForImageTextToText.register(ClipGpt2Config, ClipGpt2ForConditionalGeneration, exist_ok=True)
-    AutoProcessor.register(ClipGpt2Config, ClipGpt2Processor, exist_ok=True)  # type: ignore[no-untyped-call]  # theirs
