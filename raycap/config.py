@@ -162,7 +162,7 @@ class ImportConfig:
     SOURCES: ClassVar = ("weights", "vision_tower", "text_decoder", "tokenizer")
 
     weights: str = ""
-    """Original file: salesforce/BLIP's .pth, ClipCap's .pt, torchvision's vgg16 .pth. Pickled: give only files you trust."""
+    """salesforce/BLIP's .pth, ClipCap's .pt, torchvision's vgg16 .pth, or a folder's pytorch_model.bin. Pickled: give only files you trust."""
     vision_tower: str = ""
     """Folder or hub name of CLIP, ViT, SigLIP or DINOv2, for ClipCap's weights or to put together with --text-decoder."""
     text_decoder: str = ""

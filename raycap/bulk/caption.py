@@ -18,7 +18,7 @@ from raycap.bulk.progress import Progress, reporting, table
 from raycap.bulk.run import run_units
 from raycap.bulk.unit import CaptionsPixels
 from raycap.captioner import Captioner
-from raycap.checkpoint import SEAL, CheckpointSpec, open_checkpoint
+from raycap.checkpoint import SEAL, CheckpointSpec, open_spec
 from raycap.config import CaptionBucketConfig, compute_dtype, default_root
 from raycap.data.demo import LAST_OF_BUCKET, demo_bucket, given_or_demo
 from raycap.errors import CheckpointError, StorageError, UserError
@@ -36,7 +36,7 @@ def caption_bucket(config: CaptionBucketConfig) -> dict[str, Any]:
     report: Report = functools.partial(print, flush=True)
     checkpoint, images = _inputs(config)
     plan.check_roots(images, config.out)
-    spec = open_checkpoint(checkpoint, prompt=config.prompt)[0]
+    spec = open_spec(checkpoint, prompt=config.prompt)
     plan.decode_settings(config, spec)
     begun = _check_begun(config, images, spec)
     if begun and storage.exists(storage.join(config.out, plan.SUCCESS)):

@@ -1,11 +1,13 @@
-"""The one checkpoint folder: save, load, verify, and opening of published weights. safetensors and JSON only, never a pickle.
+"""The one checkpoint folder: save, load, verify, and opening of published weights, from safetensors and JSON only.
+
+Pickled originals come in through jobs/import_weights.py alone.
 
 Hugging Face layout plus raycap.json, which is written last and names every file with its size and sha256. DeepSpeed's
 sharded state is not in here: it lies apart and serves only to resume training.
 """
 
 from raycap.checkpoint.layout import complete_config, fresh_config
-from raycap.checkpoint.published import import_published, open_checkpoint
+from raycap.checkpoint.published import import_published, open_checkpoint, open_spec
 from raycap.checkpoint.sealed import SEAL, load_checkpoint, save_checkpoint
 from raycap.checkpoint.spec import CheckpointSpec
 from raycap.checkpoint.weights import Weights, export_weights, file_names, load_model
@@ -22,5 +24,6 @@ __all__ = [
     "load_checkpoint",
     "load_model",
     "open_checkpoint",
+    "open_spec",
     "save_checkpoint",
 ]

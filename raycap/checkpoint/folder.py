@@ -9,12 +9,28 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from reprlib import Repr
 from typing import Any
 
 from safetensors import SafetensorError
 
 from raycap import storage
 from raycap.errors import CheckpointError, StorageError
+
+_short = Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 100
+_short.maxdict = _short.maxlist = _short.maxlevel = 3
+
+
+def shown(value: object) -> str:
+    """What a file holds, to be quoted in a sentence: however long or deep it is, it is cut."""
+    return _short.repr(value)
+
+
+def in_short(error: BaseException) -> str:
+    """What an error says, on one line and cut."""
+    words = " ".join(str(error).split())
+    return words if len(words) < 300 else f"{words[:300]}..."
 
 
 def read_json(path: Path, root: str) -> dict[str, Any]:
@@ -27,7 +43,9 @@ def read_json(path: Path, root: str) -> dict[str, Any]:
             f"<out>/checkpoint"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name} in {root!r} cannot be read ({error}); copy the folder again") from error
+        raise CheckpointError(
+            f"{path.name} in {root!r} cannot be read ({in_short(error)}); copy the folder again"
+        ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path.name} in {root!r} holds no JSON object; copy the folder again")
     return content

@@ -16,9 +16,16 @@ from torch import Tensor
 
 from raycap import storage
 from raycap.checkpoint.folder import read_json
-from raycap.checkpoint.layout import MAX_TOKENS, complete_config, fresh_config, read_image_spec, read_text_spec
+from raycap.checkpoint.layout import (
+    MAX_TOKENS,
+    complete_config,
+    fresh_config,
+    read_image_spec,
+    read_text_spec,
+    with_pooler,
+)
 from raycap.checkpoint.originals import blip_from_salesforce, read_pickled
-from raycap.checkpoint.published import local_folder
+from raycap.checkpoint.published import local_folder, published_spec
 from raycap.checkpoint.sealed import SEAL, save_checkpoint
 from raycap.checkpoint.spec import CheckpointSpec
 from raycap.checkpoint.weights import export_weights, load_model, read_weights, weight_files
@@ -41,6 +48,7 @@ TOWERS = {  # model_type in the config.json of a published folder -> transformer
     "siglip_vision_model": "SiglipVisionModel",
     "dinov2": "Dinov2Model",
 }
+PICKLED = "pytorch_model.bin"  # transformers' name of all weights of a model before safetensors
 # What --settings may name: of towers put together, of ClipCap's weights (which say the rest themselves), of VGG16's.
 FREEZING = ("freeze_vision", "freeze_text", "normalize_prefix")
 MAPPING = ("mapper", "prefix_length", "clip_length", "num_mapper_layers", "num_mapper_heads")
@@ -66,6 +74,8 @@ def _of_file(config: ImportConfig, say: Say) -> tuple[CheckpointSpec, CaptionMod
     if not path.is_file():
         raise UserError(f"--weights {config.weights!r} is no file; give the file of the original weights")
     weights = read_weights([path], str(path)) if path.suffix == ".safetensors" else read_pickled(path)
+    if path.name == PICKLED:
+        return _published(path.parent, weights, config, say)
     if any(name.startswith("visual_encoder.") for name in weights):
         return _blip(weights, config, say)
     if any(name.startswith("clip_project.") for name in weights):
@@ -76,6 +86,23 @@ def _of_file(config: ImportConfig, say: Say) -> tuple[CheckpointSpec, CaptionMod
         f"{config.weights!r} is of no layout that is known (its first tensor is {next(iter(weights), 'none')!r}); give weights of "
         f"BLIP's authors, of ClipCap's, or torchvision's VGG16"
     )
+
+
+def _published(folder: Path, weights: Weights, config: ImportConfig, say: Say) -> tuple[CheckpointSpec, CaptionModel]:
+    """A folder in Hugging Face's layout from before safetensors; the files beside the weights say the rest."""
+    _with_settings({}, config, ())
+    if config.image_size or config.tokenizer:
+        flag = "--image-size" if config.image_size else "--tokenizer"
+        raise UserError(f"{flag} is for weights without a config.json; {str(folder)!r} has one that says it")
+    spec, _ = published_spec(folder, str(folder))
+    spec = replace(
+        spec,
+        model_config=with_pooler(spec.model_config, weights),
+        text=replace(spec.text, prompt=config.prompt),
+        verified=True,
+    )
+    say(f"configuration and tokenizer are those of {folder}")
+    return spec, load_model(spec, weights, config.weights)
 
 
 def _blip(weights: Weights, config: ImportConfig, say: Say) -> tuple[CheckpointSpec, CaptionModel]:

@@ -3,10 +3,9 @@
 import math
 from collections.abc import Container, Mapping
 from pathlib import Path
-from reprlib import Repr
 from typing import Any
 
-from raycap.checkpoint.folder import read_json
+from raycap.checkpoint.folder import in_short, read_json, shown
 from raycap.checkpoint.spec import CheckpointSpec
 from raycap.errors import CheckpointError
 from raycap.models import hub
@@ -22,9 +21,6 @@ ARCHITECTURES = {  # the one entry of "architectures" in config.json
 }
 MOST_BEAMS = 100  # that generation_config.json may ask for: every image becomes as many rows
 _RESAMPLES = {2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
-_shown = Repr()  # what a file holds, in a sentence: however long or deep it is, it is cut
-_shown.maxstring = _shown.maxother = _shown.maxlong = 100
-_shown.maxdict = _shown.maxlist = _shown.maxlevel = 3
 
 
 def hugging_face_files(spec: CheckpointSpec) -> dict[str, dict[str, Any]]:
@@ -90,24 +86,19 @@ def complete_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     auto_map = config.get("auto_map")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise CheckpointError(
-            f"{source!r} holds a model of type {_shown.repr(kind)}; raycap imports {', '.join(ARCHITECTURES)}; choose such a folder"
+            f"{source!r} holds a model of type {shown(kind)}; raycap imports {', '.join(ARCHITECTURES)}; choose such a folder"
         )
     if auto_map is not None and (kind != "clip_gpt2" or auto_map != hub.CONFIG_AUTO_MAP):
         raise CheckpointError(
-            f"config.json of {source!r} names code of its own (auto_map: {_shown.repr(auto_map)}), which raycap does not run; choose a "
+            f"config.json of {source!r} names code of its own (auto_map: {shown(auto_map)}), which raycap does not run; choose a "
             f"folder without it"
         )
     try:
         return _complete(kind, {name: value for name, value in config.items() if name != "auto_map"})
     except Exception as error:  # transformers' checks raise a dozen types
         raise CheckpointError(
-            f"config.json of {source!r} is no configuration of a {kind} model ({_in_short(error)}); copy it again"
+            f"config.json of {source!r} is no configuration of a {kind} model ({in_short(error)}); copy it again"
         ) from error
-
-
-def _in_short(error: Exception) -> str:
-    words = " ".join(str(error).split())
-    return words if len(words) < 300 else f"{words[:300]}..."
 
 
 def _complete(kind: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -209,7 +200,7 @@ def read_image_spec(folder: Path, source: str) -> tuple[str, ImageSpec]:
     size, fit = _size_and_fit(image)
     if size is None or not {"image_mean", "image_std"} <= image.keys():
         raise CheckpointError(
-            f"{name} of {source!r} has no square size, image_mean and image_std (size: {_shown.repr(image.get('size'))}); raycap resizes "
+            f"{name} of {source!r} has no square size, image_mean and image_std (size: {shown(image.get('size'))}); raycap resizes "
             f"images to a square, or their shorter side and cuts out the middle: choose a folder that asks for either"
         )
     kind = str(image.get("image_processor_type") or image.get("feature_extractor_type") or "Blip")
@@ -223,7 +214,7 @@ def read_image_spec(folder: Path, source: str) -> tuple[str, ImageSpec]:
         others["rescale_factor"] = scale
     if others:
         raise CheckpointError(
-            f"{name} of {source!r} asks for {_shown.repr(others)}; raycap resizes bicubic or bilinear, scales by 1/255 and normalises: choose a "
+            f"{name} of {source!r} asks for {shown(others)}; raycap resizes bicubic or bilinear, scales by 1/255 and normalises: choose a "
             f"folder of such preprocessing"
         )
     given = {"size": size, "mean": image["image_mean"], "std": image["image_std"], "resample": _RESAMPLES[resample]}
@@ -233,7 +224,7 @@ def read_image_spec(folder: Path, source: str) -> tuple[str, ImageSpec]:
             raise ValueError("finite ones, and image_std above 0")
     except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(
-            f"image_mean and image_std in {name} of {source!r} are not three numbers each ({_in_short(error)}); copy it again"
+            f"image_mean and image_std in {name} of {source!r} are not three numbers each ({in_short(error)}); copy it again"
         ) from error
     return name, spec
 
@@ -269,11 +260,11 @@ def read_decode_settings(folder: Path, source: str) -> DecodeSettings:
         settings = DecodeSettings(**{key: given[key] for key in keys if given.get(key) is not None})
         for key in keys[:3]:
             if type(getattr(settings, key)) is not int:
-                raise ValueError(f"{key} is {_shown.repr(given[key])}, which is no whole number")
+                raise ValueError(f"{key} is {shown(given[key])}, which is no whole number")
         if settings.num_beams > MOST_BEAMS:
-            raise ValueError(f"num_beams is {_shown.repr(settings.num_beams)}, and raycap takes {MOST_BEAMS} at most")
+            raise ValueError(f"num_beams is {shown(settings.num_beams)}, and raycap takes {MOST_BEAMS} at most")
     except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(
-            f"{name} of {source!r} cannot be followed: {_in_short(error)}; correct it there"
+            f"{name} of {source!r} cannot be followed: {in_short(error)}; correct it there"
         ) from error
     return settings

@@ -10,7 +10,7 @@ from raycap.checkpoint.folder import local_copy, read_json, sha256_of_file, sha2
 from raycap.checkpoint.layout import complete_config, read_decode_settings, read_image_spec, read_text_spec, with_pooler
 from raycap.checkpoint.sealed import SEAL, load_checkpoint
 from raycap.checkpoint.spec import CheckpointSpec, check_spec
-from raycap.checkpoint.weights import INDEX, Weights, read_weights, weight_files
+from raycap.checkpoint.weights import INDEX, Weights, read_and_hash, weight_files
 from raycap.errors import CheckpointError
 from raycap.text import load_tokenizer
 
@@ -26,19 +26,24 @@ def open_checkpoint(source: str, *, prompt: str = "") -> tuple[CheckpointSpec, W
     return _open(source, {"prompt": prompt} if prompt else {})
 
 
+def open_spec(source: str, *, prompt: str = "") -> CheckpointSpec:
+    """The spec that open_checkpoint gives, of weights that are verified in the same way but not held in memory."""
+    return _open(source, {"prompt": prompt} if prompt else {}, keep=False)[0]
+
+
 def import_published(source: str, *, prompt: str, max_tokens: int) -> tuple[CheckpointSpec, Weights]:
     """The same to train on from: the prompt is this one, empty or not. max_tokens: see TextSpec."""
     return _open(source, {"prompt": prompt, "max_tokens": max_tokens})
 
 
-def _open(source: str, text: Mapping[str, Any]) -> tuple[CheckpointSpec, Weights]:
-    """text: fields of TextSpec that the caller has instead of the checkpoint's."""
+def _open(source: str, text: Mapping[str, Any], *, keep: bool = True) -> tuple[CheckpointSpec, Weights]:
+    """text: fields of TextSpec that the caller has instead of the checkpoint's. keep: see read_file."""
     root = source if storage.is_url(source) else str(local_folder(source))
     if storage.exists(storage.join(root, SEAL)):
-        spec, weights = load_checkpoint(root)
+        spec, weights = load_checkpoint(root, keep=keep)
     else:
         with local_copy(root) as local:
-            spec, weights = _read_published(local, source)
+            spec, weights = _read_published(local, source, keep)
     return replace(spec, text=replace(spec.text, **text)), weights
 
 
@@ -48,11 +53,20 @@ def local_folder(source: str) -> Path:
     return path.absolute() if path.exists() else Path(_download_from_hub(source))
 
 
-def _read_published(folder: Path, source: str) -> tuple[CheckpointSpec, Weights]:
+def _read_published(folder: Path, source: str, keep: bool) -> tuple[CheckpointSpec, Weights]:
+    spec, digests = published_spec(folder, source)
+    names, weight_map = weight_files(folder, source)
+    if weight_map:
+        digests[INDEX] = sha256_of_file(folder / INDEX)
+    weights, weight_digests = read_and_hash([folder / name for name in names], source, weight_map, keep=keep)
+    fingerprint = sha256_of_json(digests | weight_digests)
+    return replace(spec, model_config=with_pooler(spec.model_config, weights), fingerprint=fingerprint), weights
+
+
+def published_spec(folder: Path, source: str) -> tuple[CheckpointSpec, dict[str, str]]:
+    """What a folder in Hugging Face's layout says beside its weights, and the sha256 (hex) of the files that say it."""
     model_config = complete_config(read_json(folder / "config.json", source), source)
     preprocessor, image = read_image_spec(folder, source)
-    weight_names, weight_map = weight_files(folder, source)
-    read = ["config.json", "tokenizer.json", preprocessor, *([INDEX] if weight_map else []), *weight_names]
     spec = CheckpointSpec(
         kind=model_config["model_type"],
         model_config=model_config,
@@ -61,11 +75,9 @@ def _read_published(folder: Path, source: str) -> tuple[CheckpointSpec, Weights]
         image=image,
         decode=read_decode_settings(folder, source),
         verified=False,
-        fingerprint=sha256_of_json({name: sha256_of_file(folder / name) for name in read}),
     )
     check_spec(spec, source)
-    weights = read_weights([folder / name for name in weight_names], source, weight_map)
-    return replace(spec, model_config=with_pooler(model_config, weights)), weights
+    return spec, {name: sha256_of_file(folder / name) for name in ("config.json", "tokenizer.json", preprocessor)}
 
 
 def _download_from_hub(name: str) -> str:

@@ -1,17 +1,19 @@
 """Our own checkpoint folder: Hugging Face layout, sealed by raycap.json, which names every file and itself by sha256."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from raycap.checkpoint.folder import local_copy, new_folder, read_json, sha256_of_file, sha256_of_json, write_json
 from raycap.checkpoint.layout import code_files, hugging_face_files
 from raycap.checkpoint.spec import CheckpointSpec, check_spec
-from raycap.checkpoint.weights import WHOLE, Weights, read_weights
+from raycap.checkpoint.weights import WHOLE, Weights, read_file
 from raycap.errors import CheckpointError
 from raycap.schema import DecodeSettings, ImageSpec
 from raycap.text import TextSpec, load_tokenizer, save_tokenizer
@@ -50,8 +52,8 @@ def save_checkpoint(root: str, weights: Weights, spec: CheckpointSpec, info: Map
         write_json(folder / SEAL, seal | {"sha256": sha256_of_json(seal)})
 
 
-def load_checkpoint(root: str) -> tuple[CheckpointSpec, Weights]:
-    """What `save_checkpoint` wrote, verified file by file.
+def load_checkpoint(root: str, *, keep: bool = True) -> tuple[CheckpointSpec, Weights]:
+    """What `save_checkpoint` wrote, verified file by file. Without keep the weights are on the meta device.
 
     Raises CheckpointError for a folder that is missing, is not a checkpoint, is of a later format, or is damaged.
     """
@@ -84,9 +86,10 @@ def load_checkpoint(root: str) -> tuple[CheckpointSpec, Weights]:
                 f"({_writer(seal)})"
             ) from error
         check_spec(spec, root)
-        # Only what the seal names: a file that somebody added is nobody's word.
-        files = [folder / name for name in sorted(seal["files"]) if name.endswith(".safetensors")]
-        return spec, read_weights(files, root)
+        weights: dict[str, Tensor] = {}
+        for name in sorted(filter(_holds_weights, seal["files"])):  # a file that somebody added is nobody's word
+            weights |= _read_verified(folder / name, seal["files"][name], root, keep)
+        return spec, weights
 
 
 def _writer(seal: Mapping[str, Any]) -> str:
@@ -95,14 +98,38 @@ def _writer(seal: Mapping[str, Any]) -> str:
 
 
 def _verify(folder: Path, files: Mapping[str, Mapping[str, Any]], root: str) -> None:
+    """Every file's size and, but for those of weights, its sha256."""
     for name, expected in files.items():
         path = folder / name
         if Path(name).name != name or not path.is_file():
             raise CheckpointError(f"checkpoint {root!r} lacks {name!r}, which its {SEAL} names; copy the folder again")
-        if path.stat().st_size != expected["size"] or sha256_of_file(path) != expected["sha256"]:
-            raise CheckpointError(
-                f"checkpoint {root!r} is damaged: {name!r} is not the file its {SEAL} names by size and sha256; copy it again"
-            )
+        size, digest = expected["size"], expected["sha256"]
+        if path.stat().st_size != size or not (_holds_weights(name) or sha256_of_file(path) == digest):
+            raise _damaged(name, root)
+
+
+def _holds_weights(name: str) -> bool:
+    return name.endswith(".safetensors")
+
+
+def _read_verified(path: Path, expected: Mapping[str, Any], root: str, keep: bool) -> dict[str, Tensor]:
+    """The tensors of a file, made of the very bytes that were hashed. A file that is damaged is called that, readable or not."""
+    try:
+        weights, digest = read_file(path, root, keep=keep)
+    except CheckpointError:
+        with suppress(OSError):  # then it cannot be read, which was said
+            if sha256_of_file(path) != expected["sha256"]:
+                raise _damaged(path.name, root) from None
+        raise
+    if digest != expected["sha256"]:
+        raise _damaged(path.name, root)
+    return weights
+
+
+def _damaged(name: str, root: str) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {root!r} is damaged: {name!r} is not the file its {SEAL} names by size and sha256; copy it again"
+    )
 
 
 def _model_card(spec: CheckpointSpec, info: Mapping[str, Any]) -> str:

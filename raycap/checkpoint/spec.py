@@ -6,6 +6,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from raycap.checkpoint.folder import shown
 from raycap.errors import CheckpointError
 from raycap.models import KINDS, ModelSizes, model_sizes
 from raycap.schema import DecodeSettings, ImageSpec
@@ -95,13 +96,13 @@ def check_spec(spec: CheckpointSpec, source: str) -> None:
     """Raises CheckpointError if the model cannot be built, or its tokenizer and image size are not those of its config."""
     if spec.kind not in KINDS:
         raise CheckpointError(
-            f"{source!r} holds a model of kind {spec.kind!r}; this raycap knows {', '.join(KINDS)}: install the one that wrote it"
+            f"{source!r} holds a model of kind {shown(spec.kind)}; this raycap knows {', '.join(KINDS)}: install the one that wrote it"
         )
     for name, value in _sizes(spec.model_config, ""):
         largest = LARGEST[name.rpartition(".")[2]]
         if not isinstance(value, int) or not 1 <= value <= largest:
             raise CheckpointError(
-                f"config.json of {source!r} asks for {name} = {value!r}, which is no number from 1 to {largest}; copy it again"
+                f"config.json of {source!r} asks for {name} = {shown(value)}, which is no number from 1 to {largest}; copy it again"
             )
     for name, part in {"": spec.model_config, **spec.model_config}.items():
         for width, heads in HEADS:
@@ -118,7 +119,7 @@ def check_spec(spec: CheckpointSpec, source: str) -> None:
     for name, token_id in roles.items():
         if not isinstance(token_id, int) or not 0 <= token_id < sizes.vocab_size:
             raise CheckpointError(
-                f"the {name} token of {source!r} has id {token_id!r}, outside its vocab_size = {sizes.vocab_size}; check its "
+                f"the {name} token of {source!r} has id {shown(token_id)}, outside its vocab_size = {sizes.vocab_size}; check its "
                 f"config.json"
             )
     if spec.tokenizer.get_vocab_size() > sizes.vocab_size:

@@ -1,17 +1,22 @@
 """Weights: from safetensors files, into a model, and out of one. No other format is read."""
 
+import hashlib
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
-from raycap.checkpoint.folder import read_json
+from raycap.checkpoint.folder import in_short, read_json, shown
 from raycap.checkpoint.spec import CheckpointSpec, check_spec
 from raycap.errors import CheckpointError
 from raycap.models import CaptionModel, build_model
@@ -21,6 +26,23 @@ from raycap.models.vit_gpt2 import VitGpt2
 Weights = Mapping[str, Tensor]
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # of weights in several files: {"weight_map": {tensor: file}}
+# 80,000 tensors; BLIP base has 475 in 55 KB. The library parses up to 100 MB, in ten times the memory.
+MAX_HEADER_BYTES = 8 * 2**20
+CHUNK_BYTES = 4 * 2**20  # small enough that what was read is still in the CPU's cache when it is hashed
+DTYPES = {  # the format's names
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 def weight_files(folder: Path, source: str) -> tuple[list[str], dict[str, str]]:
@@ -32,44 +54,104 @@ def weight_files(folder: Path, source: str) -> tuple[list[str], dict[str, str]]:
         return [WHOLE], {}
     if not (folder / INDEX).exists():
         raise CheckpointError(
-            f"{source!r} holds no {WHOLE} and no {INDEX}; raycap loads no pickled weights: convert them with transformers' "
-            f"save_pretrained"
+            f"{source!r} holds no {WHOLE} and no {INDEX}; raycap loads no pickled weights: convert them with "
+            f"transformers' save_pretrained, or a captioner's pytorch_model.bin with jobs/import_weights.py"
         )
     index = read_json(folder / INDEX, source).get("weight_map")
     weight_map = {name: str(file) for name, file in index.items()} if isinstance(index, dict) else {}
     files = sorted(set(weight_map.values()))
     for name in files:
         if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
-            raise CheckpointError(f"{INDEX} of {source!r} names {name!r}, which is not in that folder; copy it again")
+            raise CheckpointError(
+                f"{INDEX} of {source!r} names {shown(name)}, which is not in that folder; copy it again"
+            )
     if not files:
         raise CheckpointError(f"{INDEX} of {source!r} names no file; copy it again")
     return files, weight_map
 
 
 def read_weights(paths: Sequence[Path], source: str, weight_map: Mapping[str, str] | None = None) -> Weights:
-    """The tensors of all these files. weight_map: what each file must hold. Raises CheckpointError."""
+    """The tensors of all these files: see read_file. weight_map: what each file must hold. Raises CheckpointError."""
+    return read_and_hash(paths, source, weight_map)[0]
+
+
+def read_and_hash(
+    paths: Sequence[Path], source: str, weight_map: Mapping[str, str] | None = None, *, keep: bool = True
+) -> tuple[Weights, dict[str, str]]:
+    """What read_weights returns, and the sha256 (hex) of each file by its name. keep: see read_file."""
     weights: dict[str, Tensor] = {}
+    digests = {}
     for path in paths:
-        try:
-            tensors = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path.name!r} of {source!r} cannot be read ({error}); copy the file again"
-            ) from error
+        tensors, digests[path.name] = read_file(path, source, keep=keep)
         for name in weight_map or ():
             if weight_map and (weight_map[name] == path.name) != (name in tensors):
                 raise CheckpointError(
-                    f"{path.name!r} of {source!r} does not hold what its {INDEX} says (first: {name!r}); copy the folder again"
+                    f"{path.name!r} of {source!r} does not hold what its {INDEX} says (first: {shown(name)}); copy the folder again"
                 )
         weights |= tensors
-    return weights
+    return weights, digests
+
+
+def read_file(path: Path, source: str, *, keep: bool = True) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a safetensors file, each in memory of its own, and the sha256 (hex) of the bytes that they were made of.
+
+    The file is read once and never mapped: one that changes or vanishes later changes no tensor. It is hashed by a second
+    thread while it is read. Without keep the tensors are on the meta device, and next to no memory is taken. Raises
+    CheckpointError.
+    """
+    digest = hashlib.sha256()
+    tensors = {}
+    try:
+        with path.open("rb", buffering=0) as file, ThreadPoolExecutor(max_workers=1) as hashing:
+
+            def fill(buffer: memoryview) -> None:
+                while buffer:
+                    num_read = file.readinto(buffer[:CHUNK_BYTES])
+                    if not num_read:
+                        raise SafetensorError("it ends too early")
+                    hashed = hashing.submit(digest.update, buffer[:num_read])
+                    buffer = buffer[num_read:]
+                    if not keep:
+                        hashed.result()  # or what was read would pile up
+
+            def skip(num_bytes: int) -> None:
+                for first in range(0, num_bytes, CHUNK_BYTES):
+                    fill(memoryview(bytearray(min(CHUNK_BYTES, num_bytes - first))))
+
+            fill(memoryview(prefix := bytearray(8)))
+            num_header_bytes = int.from_bytes(prefix, "little")
+            if num_header_bytes > MAX_HEADER_BYTES:
+                raise SafetensorError(f"its header of {num_header_bytes} bytes is longer than {MAX_HEADER_BYTES}")
+            with safe_open(path, "pt"):
+                pass  # the library refuses what is no safetensors file
+            fill(memoryview(header := bytearray(num_header_bytes)))
+            # Read again here, so that the tensors are cut as the bytes say that were hashed.
+            entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+            for name, entry in sorted(entries.items(), key=lambda item: tuple(item[1]["data_offsets"])):
+                begin, end = entry["data_offsets"]
+                if entry["dtype"] not in DTYPES:
+                    raise SafetensorError(f"{shown(name)} holds values of type {shown(entry['dtype'])}")
+                flat = torch.empty(end - begin, dtype=torch.uint8, device="cpu" if keep else "meta")
+                if keep:
+                    fill(flat.numpy().data)
+                else:
+                    skip(end - begin)
+                tensors[name] = flat.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+            if file.read(1):
+                raise SafetensorError("it goes on behind its last tensor")
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path.name!r} of {source!r} cannot be read ({in_short(error)}); copy the file again"
+        ) from error
+    return tensors, digest.hexdigest()
 
 
 def load_model(spec: CheckpointSpec, weights: Weights, source: str) -> CaptionModel:
     """The model of a checkpoint, on the CPU, in float32.
 
-    Raises CheckpointError if the weights are not those of its config, or are not finite. Nothing of the size that a
-    config asks for is allocated before the weights were found to be of that size.
+    Its parameters are the very tensors of `weights` where these are float32 already: no second copy is made, so training
+    the model changes them. Raises CheckpointError if the weights are not those of its config, or are not finite. Nothing
+    of the size that a config asks for is allocated before the weights were found to be of that size.
     """
     check_spec(spec, source)
     with torch.device("meta"), _Uninitialised():
@@ -84,25 +166,60 @@ def load_model(spec: CheckpointSpec, weights: Weights, source: str) -> CaptionMo
         for name, tensor in weights.items()
         if not name.endswith("position_ids") and not MASK_BUFFER.search(name)
     }
-    found = {id(tensor) for name, tensor in own.items() if name in given}
+    found = {id(tensor): name for name, tensor in own.items() if name in given}
     missing = [name for name, tensor in own.items() if id(tensor) not in found]
     unknown = [name for name in given if name not in own]
     other = [n for n, t in given.items() if n in own and (own[n].shape != t.shape or not t.is_floating_point())]
     if missing or unknown or other:
         raise CheckpointError(
             f"the weights of {source!r} do not fit its config.json: {len(missing)} missing, {len(unknown)} unknown, {len(other)} of "
-            f"another shape (first: {(missing + unknown + other)[0]!r}); check that both files are of the same model"
+            f"another shape or dtype (first: {shown((missing + unknown + other)[0])}); check that both files are of the same model"
         )
+    loaded: dict[int, Tensor] = {}  # by the identity of the tensor in the outline, so that tied names share one
+    taken: set[int] = set()
     for name, tensor in given.items():
+        single = _in_memory_of_its_own(tensor, taken)
         # A sum is not finite if one value is not; it is quick, and may overflow where all values are finite.
-        if not math.isfinite(tensor.float().sum()) and not bool(tensor.isfinite().all()):
+        if not math.isfinite(single.sum()) and not bool(single.isfinite().all()):
             raise CheckpointError(
-                f"the weights of {source!r} are broken: {name!r} holds values that are infinite or NaN; choose another checkpoint"
+                f"the weights of {source!r} are broken: {shown(name)} holds values that are infinite or NaN; choose another checkpoint"
             )
-    with _Uninitialised():
+        if found[id(own[name])] == name:
+            frozen = isinstance(own[name], nn.Parameter) and not own[name].requires_grad
+            loaded[id(own[name])] = nn.Parameter(single, requires_grad=not frozen)
+    # Once more, for what is in no file and comes of the constructors: buffers, and numbers made of tensors.
+    with _Uninitialised(), _parameters_without_memory():
         model = _built(spec, source)
-    model.load_state_dict(given, strict=False)
+    model.load_state_dict({name: loaded[id(tensor)] for name, tensor in own.items()}, assign=True)
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())), "every parameter is in a file"
     return model
+
+
+def _in_memory_of_its_own(tensor: Tensor, taken: set[int]) -> Tensor:
+    """The values in float32, row by row: the tensor itself if it is that and no part of another one. taken: addresses in use."""
+    single = tensor.detach().to("cpu", torch.float32).contiguous()
+    if single.untyped_storage().nbytes() != single.nbytes or single.data_ptr() in taken:
+        single = single.clone()
+    taken.add(single.data_ptr())
+    return single
+
+
+@contextmanager
+def _parameters_without_memory() -> Iterator[None]:
+    """Modules that this thread makes inside keep the shapes of their parameters alone; all other tensors are as ever."""
+    thread = threading.get_ident()
+
+    def drop(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta or threading.get_ident() != thread:
+            return None  # keeps it: a tied parameter must stay the same object
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+
+    # torch's annotation leaves out what a hook may return.
+    hook = register_module_parameter_registration_hook(drop)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _built(spec: CheckpointSpec, source: str) -> CaptionModel:
@@ -110,7 +227,7 @@ def _built(spec: CheckpointSpec, source: str) -> CaptionModel:
         return build_model(spec.kind, spec.model_config)
     except Exception as error:  # transformers' config classes and torch's modules raise a dozen types at odd values
         raise CheckpointError(
-            f"no {spec.kind} model can be built from config.json of {source!r} ({str(error).partition(chr(10))[0]}); copy it again"
+            f"no {spec.kind} model can be built from config.json of {source!r} ({in_short(error)}); copy it again"
         ) from error
 
 

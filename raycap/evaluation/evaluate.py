@@ -15,7 +15,7 @@ import torch
 
 from raycap import cluster, storage
 from raycap.captioner import Captioner
-from raycap.checkpoint import SEAL, CheckpointSpec, open_checkpoint
+from raycap.checkpoint import SEAL, CheckpointSpec, open_spec
 from raycap.config import EvaluateConfig, default_root
 from raycap.data.batch import Columns, Source
 from raycap.data.demo import demo_shards, given_or_demo
@@ -37,7 +37,7 @@ Row = dict[str, Any]  # of one image: key, image_id, caption, references, error_
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
     """Corpus metrics of a checkpoint on a split; what is written below config.out is in `_write`."""
     checkpoint, shards = _inputs(config)
-    spec, _ = open_checkpoint(checkpoint, prompt=config.prompt)
+    spec = open_spec(checkpoint, prompt=config.prompt)
     spec = replace(spec, decode=spec.settings(num_beams=config.num_beams, max_new_tokens=config.max_new_tokens))
     manifest = open_shards(shards, storage.join(config.out, INDEX), connect=lambda: _connect(config))
     check_shards(manifest)

@@ -32,10 +32,30 @@ TIED_NAMES = {  # second name of a parameter -> its first; both are in a state d
     "text_decoder.cls.predictions.decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight",
     "text_decoder.cls.predictions.decoder.bias": "text_decoder.cls.predictions.bias",
 }
+HAS_ONEDNN = (
+    torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # theirs
+    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+)
+ONEDNN_FROM = 2**22  # multiplications
 
 
 class BlipDecodeState(TextState[ImageState]):
     """What start() returns and step() continues."""
+
+
+class Linear(nn.Linear):
+    """torch's, with another library at work on CPUs with AVX-512: MKL, which torch calls, does without it on AMD's.
+
+    oneDNN takes half the time there (tests/bench/LOG.md), forward and backward; results differ by rounding. With AVX2 alone
+    the two are equal, and for a few rows the way to oneDNN and back costs what it saves.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        is_float32 = input.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        is_large = input.ndim > 1 and input.numel() * self.out_features >= ONEDNN_FROM
+        if HAS_ONEDNN and is_float32 and is_large and input.device.type == "cpu":
+            return F.linear(input.to_mkldnn(), self.weight, self.bias).to_dense()
+        return super().forward(input)
 
 
 class VisionEmbeddings(nn.Module):
@@ -65,8 +85,8 @@ class VisionAttention(nn.Module):
         super().__init__()
         self.num_heads = config.num_attention_heads
         self.dropout = config.attention_dropout
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.projection = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.projection = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_BTE: Tensor) -> Tensor:
         qkv: Tensor = self.qkv(hidden_BTE).reshape(*hidden_BTE.shape[:2], 3, self.num_heads, -1)
@@ -83,9 +103,9 @@ class VisionLayer(nn.Module):
         self.self_attn = VisionAttention(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = _named(
-            fc1=nn.Linear(config.hidden_size, config.intermediate_size),
+            fc1=Linear(config.hidden_size, config.intermediate_size),
             activation=_gelu(config.hidden_act),
-            fc2=nn.Linear(config.intermediate_size, config.hidden_size),
+            fc2=Linear(config.intermediate_size, config.hidden_size),
         )
 
     def forward(self, hidden_BTE: Tensor) -> Tensor:
@@ -132,9 +152,9 @@ class TextAttention(nn.Module):
         self.layer = layer
         self.num_heads = config.num_attention_heads
         self.dropout = config.attention_probs_dropout_prob
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(source_width, config.hidden_size)
-        self.value = nn.Linear(source_width, config.hidden_size)
+        self.query = Linear(config.hidden_size, config.hidden_size)
+        self.key = Linear(source_width, config.hidden_size)
+        self.value = Linear(source_width, config.hidden_size)
 
     def heads(self, hidden: Tensor) -> Tensor:
         """(rows, positions, D) -> (rows, H, positions, K)"""
@@ -170,7 +190,7 @@ class CrossAttention(TextAttention):
 class ResidualNorm(nn.Module):
     def __init__(self, config: "BlipTextConfig", source_width: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(source_width, config.hidden_size)
+        self.dense = Linear(source_width, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
@@ -196,7 +216,7 @@ class TextLayer(nn.Module):
         self.attention = AttentionBlock(config, SelfAttention(config, layer, config.hidden_size))
         self.crossattention = AttentionBlock(config, CrossAttention(config, layer, config.encoder_hidden_size))
         self.intermediate = _named(
-            dense=nn.Linear(config.hidden_size, config.intermediate_size), activation=_gelu(config.hidden_act)
+            dense=Linear(config.hidden_size, config.intermediate_size), activation=_gelu(config.hidden_act)
         )
         self.output = ResidualNorm(config, config.intermediate_size)
 
@@ -237,11 +257,11 @@ class PredictionHead(nn.Module):
     def __init__(self, config: "BlipTextConfig") -> None:
         super().__init__()
         self.transform = _named(
-            dense=nn.Linear(config.hidden_size, config.hidden_size),
+            dense=Linear(config.hidden_size, config.hidden_size),
             activation=_gelu(config.hidden_act),
             LayerNorm=nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps),
         )
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.decoder = Linear(config.hidden_size, config.vocab_size)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))  # decoder.bias by its published second name
 
     def forward(self, hidden: Tensor) -> Tensor:

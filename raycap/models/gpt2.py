@@ -35,7 +35,7 @@ class Projection(nn.Module):
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(width_in, width_out))
+        self.weight = nn.Parameter(torch.empty(width_in, width_out))  # _initialise draws it, or a file has it
         self.bias = nn.Parameter(torch.zeros(width_out))
 
     def forward(self, hidden: Tensor) -> Tensor:

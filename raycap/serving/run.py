@@ -14,7 +14,7 @@ import ray
 from ray import serve as ray_serve
 
 from raycap import cluster
-from raycap.checkpoint import open_checkpoint
+from raycap.checkpoint import open_spec
 from raycap.config import ServeConfig
 from raycap.errors import RaycapError, UserError
 from raycap.serving.app import (
@@ -89,7 +89,7 @@ def start(config: ServeConfig) -> str:
     token = os.environ.get("RAYCAP_TOKEN", "")
     check_token(config.host, token)
     source = checkpoint_of(config)
-    spec, _ = open_checkpoint(source, prompt=config.prompt)
+    spec = open_spec(source, prompt=config.prompt)
     decode_settings(config, spec)
     if not spec.verified:
         print(f"{source} is unverified: no raycap.json vouches for it", flush=True)

@@ -102,7 +102,17 @@ def imported(module: str, function: str = "measure") -> Callable[[], Line]:
     return run
 
 
-MODULES = ("first_caption", "bulk_overhead", "serve_noop", "preprocess_coco", "preprocess_12mp", "train_packed5")
+MODULES = (
+    "first_caption",
+    "bulk_overhead",
+    "serve_noop",
+    "preprocess_coco",
+    "preprocess_12mp",
+    "train_packed5",
+    "load_checkpoint",
+    "blip_encoder",
+    "blip_train_step",
+)
 BENCHMARKS: dict[str, Callable[[], Line]] = {
     "help_time": help_time,
     "demo": demo,

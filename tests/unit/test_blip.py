@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import BlipForConditionalGeneration
 
 from raycap.models import build_model
-from raycap.models.blip import TIED_NAMES, Blip
+from raycap.models.blip import ONEDNN_FROM, TIED_NAMES, Blip, Linear
 
 torch.set_num_threads(1)
 
@@ -84,6 +84,27 @@ def test_logits_of_a_full_text_and_of_one_token_at_a_time_equal_transformers(
     scale = expected_NLV.abs().max()
     assert (full_NLV - expected_NLV).abs().max() < tolerance * scale
     assert (steps_NLV - expected_NLV[:, 2:]).abs().max() < tolerance * scale
+
+
+def test_a_large_product_by_another_library_is_that_of_torch() -> None:
+    """Values and gradients, of rows that lie side by side and of rows that do not; and bfloat16 stays with torch."""
+    torch.manual_seed(0)
+    layer = Linear(96, 512)
+    for given in (torch.randn(4, 40, 96), torch.randn(4, 96, 40).transpose(1, 2), torch.randn(120, 96)):
+        assert given.numel() * 512 > ONEDNN_FROM
+        found, expected = ([given.clone().requires_grad_(), *layer.parameters()] for _ in range(2))
+        output = layer(found[0])
+        by_torch = F.linear(*expected)
+        assert output.is_contiguous()
+        torch.testing.assert_close(output, by_torch, rtol=1e-5, atol=1e-5)
+        weight_of_each = torch.randn_like(output)
+        ours = torch.autograd.grad((output * weight_of_each).sum(), found)
+        theirs = torch.autograd.grad((by_torch * weight_of_each).sum(), expected)
+        for mine, other in zip(ours, theirs, strict=True):
+            assert (mine - other).abs().max() < 1e-5 * other.abs().max()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(given).dtype == torch.bfloat16
+    assert torch.equal(layer.double()(given.double()), F.linear(given.double(), layer.weight, layer.bias))
 
 
 def test_the_loss_sees_the_padding_of_no_row() -> None:

@@ -3,12 +3,18 @@
 import errno
 import json
 import os
+import resource
+import shutil
+import struct
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from tiny import captions_by_transformers, edit_json, png_images, tiny_checkpoint
+from torch import nn
 from transformers import (
     AutoProcessor,
     AutoTokenizer,
@@ -22,9 +28,12 @@ from raycap.checkpoint import (
     export_weights,
     load_checkpoint,
     load_model,
+    open_checkpoint,
+    open_spec,
     save_checkpoint,
 )
 from raycap.checkpoint.folder import sha256_of_json, write_json
+from raycap.checkpoint.weights import MAX_HEADER_BYTES, _parameters_without_memory, read_weights
 from raycap.errors import CheckpointError, StorageError
 from raycap.models.blip import TIED_NAMES
 from raycap.schema import DecodeSettings
@@ -83,7 +92,148 @@ def test_a_saved_checkpoint_saves_again_without_change(saved: Path, tmp_path: Pa
         assert (saved / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
 
 
+# ---- the memory of a loaded model
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_loaded_model_outlives_its_folder(saved: Path, sealed: bool) -> None:
+    _, expected, _ = tiny_checkpoint(prompt="a picture of ")
+    spec, weights = load_checkpoint(str(saved))
+    if not sealed:
+        weights = read_weights([saved / "model.safetensors"], str(saved))
+    model = load_model(spec, weights, str(saved))
+    with (saved / "model.safetensors").open("r+b") as file:  # in place: whoever mapped the file sees it
+        file.write(b"\xff" * (saved / "model.safetensors").stat().st_size)
+        file.truncate(0)  # and dies of reading behind its end
+    shutil.rmtree(saved)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in expected.state_dict().items())
+
+
+def test_writing_to_a_parameter_leaves_the_file_as_it_was(saved: Path) -> None:
+    before = (saved / "model.safetensors").read_bytes()
+    model = load_model(*load_checkpoint(str(saved)), str(saved))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7)
+    assert (saved / "model.safetensors").read_bytes() == before
+    load_checkpoint(str(saved))
+
+
+def test_parameters_can_be_trained_and_are_no_second_copy_of_the_weights(saved: Path) -> None:
+    spec, weights = load_checkpoint(str(saved))
+    model = load_model(spec, weights, str(saved))
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        assert parameter.requires_grad, name
+        assert parameter.is_leaf, name
+        assert parameter.is_contiguous(), name
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes, name
+    assert {p.data_ptr() for p in parameters.values()} == {tensor.data_ptr() for tensor in weights.values()}
+    for second_name, name in TIED_NAMES.items():
+        assert model.get_parameter(second_name) is model.get_parameter(name)
+
+
+def test_weights_that_share_memory_become_parameters_that_do_not(saved: Path) -> None:
+    spec, weights = load_checkpoint(str(saved))
+    names = [f"vision_model.encoder.layers.{n}.self_attn.projection.weight" for n in range(2)]
+    both = torch.stack([weights[name] for name in names])
+    for same in ({names[0]: both[0], names[1]: both[1]}, {name: weights[names[0]].T.contiguous().T for name in names}):
+        model = load_model(spec, {**weights, **same}, "x")
+        first, second = (model.get_parameter(name) for name in names)
+        assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in same.items())
+        assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
+        assert first.is_contiguous()
+        assert first.untyped_storage().nbytes() == first.nbytes
+    model = load_model(spec, {**weights, names[1]: weights[names[0]]}, "x")
+    with torch.no_grad():
+        model.get_parameter(names[0]).zero_()
+    assert model.get_parameter(names[1]).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_file_of_another_precision_gives_a_model_in_float32(saved: Path, dtype: torch.dtype) -> None:
+    spec, weights = load_checkpoint(str(saved))
+    other = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    save_checkpoint(str(saved), other, spec, INFO)
+    spec, read = load_checkpoint(str(saved))
+    assert {tensor.dtype for tensor in read.values()} == {dtype}
+    model = load_model(spec, read, str(saved))
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
+    assert all(torch.equal(model.state_dict()[name], tensor.float()) for name, tensor in other.items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_value_that_float32_cannot_hold_is_refused(saved: Path) -> None:
+    spec, weights = load_checkpoint(str(saved))
+    name = "vision_model.post_layernorm.weight"
+    wide = {**weights, name: torch.full(weights[name].shape, 1e300, dtype=torch.float64)}
+    with pytest.raises(CheckpointError, match=f"'{name}' holds values that are infinite or NaN"):
+        load_model(spec, wide, "x")
+
+
+def test_a_model_that_another_thread_builds_meanwhile_keeps_its_parameters() -> None:
+    built: list[nn.Linear] = []
+    with _parameters_without_memory():
+        thread = threading.Thread(target=lambda: built.append(nn.Linear(2, 2)))
+        thread.start()
+        thread.join()
+        assert nn.Linear(2, 2).weight.is_meta
+    assert not built[0].weight.is_meta
+    assert not nn.Linear(2, 2).weight.is_meta
+
+
 # ---- damage
+
+
+def padded(path: Path, num_header_bytes: int) -> None:
+    """The same safetensors file with spaces behind its header, which the format allows."""
+    whole = path.read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    header = whole[8 : 8 + length].ljust(num_header_bytes)
+    path.write_bytes(struct.pack("<Q", len(header)) + header + whole[8 + length :])
+
+
+def test_a_header_of_100_mb_is_refused_at_once_and_never_held(saved: Path) -> None:
+    path = saved / "model.safetensors"
+    expected = read_weights([path], "x")
+    padded(path, MAX_HEADER_BYTES)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in read_weights([path], "x").items())
+    padded(path, 99_999_992)  # the library itself takes 100 MB
+    peak_kb, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    sentence = (
+        r"^'model.safetensors' of 'x' cannot be read \(its header of 99999992 bytes is longer than 8388608\); copy the"
+    )
+    with pytest.raises(CheckpointError, match=sentence):
+        read_weights([path], "x")
+    assert time.perf_counter() - begun < 0.5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_kb < 10_000
+    with pytest.raises(CheckpointError, match=r"is damaged: 'model.safetensors'"):
+        load_checkpoint(str(saved))
+
+
+def test_tensors_of_every_shape_and_type_come_back(tmp_path: Path) -> None:
+    """Half a value between others, a number without dimensions and an empty tensor: no file aligns what follows them."""
+    tensors = {
+        "a": torch.arange(3, dtype=torch.uint8),
+        "b": torch.tensor(2.5),
+        "c": torch.zeros(0, 4),
+        "d": torch.randn(5, 3).bfloat16(),
+        "e": torch.tensor([True, False, True]),
+        "f": torch.arange(6).view(2, 3),
+        "g": torch.randn(3).to(torch.float8_e4m3fn),
+        "h": torch.randn(2, dtype=torch.float64),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    read = read_weights([tmp_path / "a.safetensors"], "x")
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert (read[name].dtype, read[name].shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(read[name].float(), tensor.float())
+    save_file({"a": torch.ones(2, dtype=torch.complex64)}, tmp_path / "b.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"'b.safetensors' of 'x' cannot be read \('a' holds values of type 'C64'\);"
+    ):
+        read_weights([tmp_path / "b.safetensors"], "x")
 
 
 def test_one_flipped_byte_in_any_file_is_refused_by_the_files_name(saved: Path) -> None:
@@ -300,3 +450,26 @@ def test_plain_transformers_loads_every_part_without_a_complaint(
         expected = published.eval()(pixel_values, ids.expand(3, -1)).logits[:, -1]
         state = model.start(model.encode_image(pixel_values), ids)
     torch.testing.assert_close(model.step(state, ids[-1].expand(3)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_spec_alone_is_verified_like_the_whole_and_holds_no_weights(sealed: bool, tmp_path: Path) -> None:
+    spec, model, _ = tiny_checkpoint()
+    root = tmp_path / "checkpoint"
+    save_checkpoint(str(root), export_weights(model), spec, {"step": 1})
+    if not sealed:
+        (root / SEAL).unlink()
+    alone, (whole, _) = open_spec(str(root), prompt="a"), open_checkpoint(str(root), prompt="a")
+    assert alone.fingerprint == whole.fingerprint
+    assert (alone.verified, alone.model_config, alone.text) == (whole.verified, whole.model_config, whole.text)
+    assert alone.verified == sealed
+    if sealed:
+        assert all(tensor.is_meta for tensor in load_checkpoint(str(root), keep=False)[1].values())
+    content = bytearray((root / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (root / "model.safetensors").write_bytes(content)
+    if sealed:
+        with pytest.raises(CheckpointError, match="'model.safetensors' is not the file"):
+            open_spec(str(root))
+    else:
+        assert open_spec(str(root)).fingerprint != whole.fingerprint

@@ -68,6 +68,7 @@ def tree() -> str:
 TESTS = {
     "bench": "measurements: make bench; figures in LOG.md",
     "browser": "the pages in a real browser; skipped where there is none",
+    "families": "models learnt by heart, imported, exported to plain transformers, damaged",
     "fuzz": "thousands of damaged images",
     "metrics": "our metrics against pycocoevalcap's",
     "ray": "jobs, training, bulk and parity of the doors on one local Ray",

@@ -92,6 +92,19 @@ def test_a_saved_model_says_what_it_said_with_and_without_its_seal(
 
 
 @pytest.mark.parametrize("architecture", TINY)
+def test_what_no_file_holds_is_as_in_a_fresh_model(architecture: str, tokenizer_folder: Path) -> None:
+    spec, model = start_of(architecture, tokenizer_folder)
+    weights = export_weights(model)
+    loaded = load_model(spec, weights, "it")
+    buffers = dict(loaded.named_buffers())
+    assert buffers.keys() == dict(model.named_buffers()).keys()
+    assert all(torch.equal(buffers[name], buffer) for name, buffer in model.named_buffers())
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name for name, parameter in loaded.named_parameters() if parameter.requires_grad} == trained
+    assert {p.data_ptr() for p in loaded.parameters()} == {tensor.data_ptr() for tensor in weights.values()}
+
+
+@pytest.mark.parametrize("architecture", TINY)
 def test_a_checkpoint_of_one_kind_names_itself_in_config_json(
     architecture: str, tokenizer_folder: Path, tmp_path: Path
 ) -> None:

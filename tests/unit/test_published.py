@@ -164,7 +164,9 @@ def test_another_kind_of_model_is_refused(published: Path) -> None:
 def test_weights_that_do_not_fit_are_refused_by_the_first_name(published: Path) -> None:
     spec, weights = import_plainly(published)
     name = "vision_model.embeddings.position_embedding"
-    with pytest.raises(CheckpointError, match=f"0 missing, 0 unknown, 1 of another shape \\(first: '{name}'\\)"):
+    with pytest.raises(
+        CheckpointError, match=f"0 missing, 0 unknown, 1 of another shape or dtype \\(first: '{name}'\\)"
+    ):
         load_model(spec, {**weights, name: torch.zeros(1, 3, 32)}, "x")
     without = {key: tensor for key, tensor in weights.items() if key != name}
     with pytest.raises(CheckpointError, match=f"of 'x' do not fit its config.json: 1 missing, 0 unknown.*'{name}'"):

@@ -9,6 +9,7 @@ import torch
 from conftest import Demo, pack
 from test_batch import samples_of
 from test_loop import RecordingEngine, config_of, data_of, model_of
+from tiny import tiny_blip_config
 
 from raycap.captioner import Captioner
 from raycap.checkpoint import CheckpointSpec
@@ -36,10 +37,11 @@ def trained(demo: Demo) -> Blip:
 
 
 def captioner_of(demo: Demo, model: Blip, source: Source) -> Captioner:
+    tokenizer = load_tokenizer(demo.tokenizer)
     spec = CheckpointSpec(
         kind="blip",
-        model_config={},
-        tokenizer=load_tokenizer(demo.tokenizer),
+        model_config=tiny_blip_config(vocab_size=tokenizer.get_vocab_size()).to_dict(),
+        tokenizer=tokenizer,
         text=source.text,
         image=source.image,
         decode=DecodeSettings(max_new_tokens=10),

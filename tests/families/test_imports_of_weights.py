@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from tiny_families import write_family
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPConfig,
@@ -20,6 +22,7 @@ from transformers import (
 )
 
 from raycap.captioner import Captioner
+from raycap.checkpoint import SEAL
 from raycap.checkpoint.imports import import_weights
 from raycap.config import ImportConfig
 from raycap.errors import CheckpointError, RaycapError, UserError
@@ -170,6 +173,27 @@ def test_settings_stand_in_the_place_of_the_architectures(folders: dict[str, Pat
     frozen = {name for name, parameter in captioner.model.named_parameters() if not parameter.requires_grad}
     assert any(name.startswith("vision_tower.") for name in frozen)  # as the preset has it
     assert {name.split(".")[3] for name in frozen if name.startswith("gpt.")} == {"0"}
+
+
+@pytest.mark.parametrize("family", ["blip", "vit_gpt2"])
+def test_a_folder_from_before_safetensors_says_the_same_after_its_import(family: str, tmp_path: Path) -> None:
+    folder = write_family(tmp_path / "old", family)
+    expected = captions_of(folder)
+    (folder / SEAL).unlink()
+    weights = load_file(folder / "model.safetensors")
+    if family == "vit_gpt2":  # what GPT-2's files held besides
+        weights["decoder.transformer.h.0.attn.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+        weights["decoder.transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
+        weights["decoder.lm_head.weight"] = weights["decoder.transformer.wte.weight"]
+    torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"or a captioner's pytorch_model.bin with jobs/import_weights.py"):
+        Captioner.load(folder)
+    given: Any = {"weights": str(folder / "pytorch_model.bin"), "out": str(tmp_path / "out")}
+    with pytest.raises(UserError, match=r"--image-size is for weights without a config.json"):
+        import_weights(ImportConfig(**given, image_size=64), lambda _: None)
+    import_weights(ImportConfig(**given), lambda _: None)
+    assert captions_of(tmp_path / "out") == expected
 
 
 class Payload:

@@ -390,7 +390,6 @@ def seal_again(folder: Path, **changes: Any) -> None:
     write_json(folder / SEAL, seal | {"sha256": sha256_of_json(seal)})
 
 
-@pytest.mark.xfail(strict=True, reason="weights.py and spec.py quote names and values of any length")
 @pytest.mark.parametrize(
     "do",
     [
