@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from raycap.captioner import Captioner
     from raycap.schema import DecodeSettings
+    from raycap.scorer import Scorer
 
-__all__ = ["Captioner", "DecodeSettings"]
+__all__ = ["Captioner", "DecodeSettings", "Scorer"]
 __version__ = "0.1.0"
 
 
@@ -20,4 +21,8 @@ def __getattr__(name: str) -> Any:
         from raycap.schema import DecodeSettings
 
         return DecodeSettings
+    if name == "Scorer":
+        from raycap.scorer import Scorer
+
+        return Scorer
     raise AttributeError(f"module 'raycap' has no attribute {name!r}")

@@ -24,8 +24,9 @@ from raycap.checkpoint.layout import (
     read_text_spec,
     with_pooler,
 )
-from raycap.checkpoint.originals import blip_from_salesforce, read_pickled
+from raycap.checkpoint.originals import blip_from_salesforce, read_pickled, retrieval_from_salesforce
 from raycap.checkpoint.published import local_folder, published_spec
+from raycap.checkpoint.retrieval import load_scorer, save_scorer, scorer_spec
 from raycap.checkpoint.sealed import SEAL, save_checkpoint
 from raycap.checkpoint.spec import CheckpointSpec
 from raycap.checkpoint.weights import export_weights, load_model, read_weights, weight_files
@@ -62,18 +63,46 @@ def import_weights(config: ImportConfig, say: Say = print) -> None:
     if storage.exists(storage.join(config.out, SEAL)):
         raise UserError(f"--out {config.out!r} holds a checkpoint already; give another folder")
     torch.manual_seed(config.seed)
-    spec, model = _of_file(config, say) if config.weights else _of_towers(config, say)
+    weights = _read(config) if config.weights else {}
+    if _is_scorer(weights):
+        _import_scorer(weights, config, say)
+        return
+    spec, model = _of_file(weights, config, say) if config.weights else _of_towers(config, say)
     info = {"step": 0, "imported_from": [n for n in (config.weights, config.vision_tower, config.text_decoder) if n]}
     save_checkpoint(config.out, export_weights(model), spec, info)
     total = sum(parameter.numel() for parameter in model.parameters())
     say(f"wrote {config.out}: a {spec.kind} model of {total:,} parameters for images of {spec.image.size} pixels")
 
 
-def _of_file(config: ImportConfig, say: Say) -> tuple[CheckpointSpec, CaptionModel]:
+def _read(config: ImportConfig) -> Weights:
     path = Path(config.weights)
     if not path.is_file():
         raise UserError(f"--weights {config.weights!r} is no file; give the file of the original weights")
-    weights = read_weights([path], str(path)) if path.suffix == ".safetensors" else read_pickled(path)
+    return read_weights([path], str(path)) if path.suffix == ".safetensors" else read_pickled(path)
+
+
+def _is_scorer(weights: Weights) -> bool:
+    """Whether these are of salesforce/BLIP's retrieval. A pretraining checkpoint holds both; it is taken as a captioner."""
+    return "itm_head.weight" in weights and not any(name.startswith("text_decoder.") for name in weights)
+
+
+def _import_scorer(weights: Weights, config: ImportConfig, say: Say) -> None:
+    _with_settings({}, config, ())
+    if storage.exists(storage.join(config.out, "config.json")):
+        raise UserError(f"--out {config.out!r} holds a model already; give another folder")
+    tokenizer = load_tokenizer(_require("--tokenizer", config.tokenizer, "BERT's, for example bert-base-uncased"))
+    given, converted, dropped = retrieval_from_salesforce(weights, config.weights, image_size=config.image_size or None)
+    if dropped:
+        say(f"left out {len(dropped)} tensors that only training needs (first: {dropped[0]})")
+    image = ImageSpec(size=given["vision_config"]["image_size"])
+    spec = scorer_spec(given, tokenizer, image, config.weights)
+    load_scorer(spec, converted, config.weights)
+    save_scorer(config.out, spec, converted)
+    say(f"wrote {config.out}: a scorer of images and texts, for raycap.Scorer and transformers; it captions nothing")
+
+
+def _of_file(weights: Weights, config: ImportConfig, say: Say) -> tuple[CheckpointSpec, CaptionModel]:
+    path = Path(config.weights)
     if path.name == PICKLED:
         return _published(path.parent, weights, config, say)
     if any(name.startswith("visual_encoder.") for name in weights):

@@ -25,7 +25,7 @@ _RESAMPLES = {2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
 
 def hugging_face_files(spec: CheckpointSpec) -> dict[str, dict[str, Any]]:
     """The JSON files plain transformers reads, v4 and v5, but for the tokenizer's."""
-    image = _image_processor(spec)
+    image = image_processor(spec.image, spec.kind)
     processor = {"blip": "BlipProcessor", "clip_gpt2": hub.PROCESSOR}.get(spec.kind)
     if processor:
         image["processor_class"] = processor
@@ -44,22 +44,23 @@ def code_files(spec: CheckpointSpec) -> dict[str, str]:
     return hub.module_texts() if spec.kind == "clip_gpt2" else {}
 
 
-def _image_processor(spec: CheckpointSpec) -> dict[str, Any]:
-    size = {"height": spec.image.size, "width": spec.image.size}
-    cropped = {"size": {"shortest_edge": spec.image.size}, "do_center_crop": True, "crop_size": size}
+def image_processor(image: ImageSpec, kind: str) -> dict[str, Any]:
+    """preprocessor_config.json of a model of this kind."""
+    size = {"height": image.size, "width": image.size}
+    cropped = {"size": {"shortest_edge": image.size}, "do_center_crop": True, "crop_size": size}
     squashed = {"size": size}
-    kind = "CLIP" if spec.image.fit == "crop" else "Blip" if spec.kind == "blip" else "ViT"
+    name = "CLIP" if image.fit == "crop" else "Blip" if kind == "blip" else "ViT"
     return {
-        "image_processor_type": f"{kind}ImageProcessor",
+        "image_processor_type": f"{name}ImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
         "do_rescale": True,
         "do_normalize": True,
-        **(cropped if spec.image.fit == "crop" else squashed),
-        "resample": {name: number for number, name in _RESAMPLES.items()}[spec.image.resample],
+        **(cropped if image.fit == "crop" else squashed),
+        "resample": {name: number for number, name in _RESAMPLES.items()}[image.resample],
         "rescale_factor": 1 / 255,
-        "image_mean": list(spec.image.mean),
-        "image_std": list(spec.image.std),
+        "image_mean": list(image.mean),
+        "image_std": list(image.std),
     }
 
 

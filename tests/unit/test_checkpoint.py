@@ -469,7 +469,7 @@ def test_a_spec_alone_is_verified_like_the_whole_and_holds_no_weights(sealed: bo
     content[-1] ^= 1
     (root / "model.safetensors").write_bytes(content)
     if sealed:
-        with pytest.raises(CheckpointError, match="'model.safetensors' is not the file"):
+        with pytest.raises(CheckpointError, match=r"'model\.safetensors' is not the file"):
             open_spec(str(root))
     else:
         assert open_spec(str(root)).fingerprint != whole.fingerprint

@@ -34,9 +34,11 @@ def test_the_captioner_is_found_at_the_top_of_the_package() -> None:
     import raycap
     from raycap.captioner import Captioner
     from raycap.schema import DecodeSettings
+    from raycap.scorer import Scorer
 
     assert raycap.Captioner is Captioner
-    assert raycap.__all__ == ["Captioner", "DecodeSettings"]
+    assert raycap.__all__ == ["Captioner", "DecodeSettings", "Scorer"]
+    assert raycap.Scorer is Scorer
     assert raycap.DecodeSettings is DecodeSettings
     with pytest.raises(AttributeError, match="module 'raycap' has no attribute 'captoner'"):
         _ = raycap.captoner

@@ -1,0 +1,117 @@
+"""The folder of BLIP's scorer in the layout of transformers' BlipForImageTextRetrieval: open it, write it. It has no seal."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+
+from raycap.checkpoint.folder import in_short, local_copy, new_folder, read_json, shown, write_json
+from raycap.checkpoint.layout import complete_config, image_processor, read_image_spec, read_text_spec
+from raycap.checkpoint.published import local_folder
+from raycap.checkpoint.weights import WHOLE, Weights, read_weights, weight_files
+from raycap.errors import CheckpointError
+from raycap.models.blip_retrieval import BlipRetrieval
+from raycap.schema import ImageSpec
+from raycap.text import CLS, ENC, SEP, load_tokenizer, save_tokenizer
+
+ARCHITECTURE = "BlipForImageTextRetrieval"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerSpec:
+    """Everything about a scorer but its weights. enc_id: the first token of a text that is matched, in place of cls_id."""
+
+    model_config: dict[str, Any]
+    tokenizer: Tokenizer
+    image: ImageSpec
+    cls_id: int
+    sep_id: int
+    enc_id: int
+    pad_id: int
+
+
+def scorer_spec(model_config: dict[str, Any], tokenizer: Tokenizer, image: ImageSpec, source: str) -> ScorerSpec:
+    """Raises CheckpointError if the tokenizer is not BERT's or is not the model's, or images are of another size."""
+    config = complete_config(model_config, source)
+    text, size = config["text_config"], config["vision_config"]["image_size"]
+    cls_id, sep_id = (tokenizer.token_to_id(token) for token in (CLS, SEP))
+    if cls_id is None or sep_id is None or tokenizer.get_vocab_size() > text["vocab_size"]:
+        raise CheckpointError(
+            f"the tokenizer of {source!r} has no {CLS} and {SEP}, or more than the {text['vocab_size']} tokens of the model; give "
+            f"BERT's"
+        )
+    if image.size != size:
+        raise CheckpointError(
+            f"{source!r} prepares images of {image.size} pixels for a tower of {size}; check preprocessor_config.json"
+        )
+    enc_id = tokenizer.token_to_id(ENC)
+    return ScorerSpec(
+        model_config=config,
+        tokenizer=tokenizer,
+        image=image,
+        cls_id=cls_id,
+        sep_id=sep_id,
+        # Published tokenizers lack it; it is the last of the vocabulary (salesforce/BLIP, models/blip.py, init_tokenizer).
+        enc_id=text["vocab_size"] - 1 if enc_id is None else enc_id,
+        pad_id=text["pad_token_id"],
+    )
+
+
+def open_scorer(source: str) -> tuple[ScorerSpec, BlipRetrieval]:
+    """The scorer of a folder or hub name, on the CPU, in float32 and eval mode. Raises CheckpointError, StorageError."""
+    with local_copy(str(local_folder(source)) if "://" not in source else source) as folder:
+        config = read_json(folder / "config.json", source)
+        if ARCHITECTURE not in (config.get("architectures") or ()):
+            raise CheckpointError(
+                f"{source!r} is of {shown(config.get('architectures'))}; a scorer is a {ARCHITECTURE}, such as "
+                f"Salesforce/blip-itm-base-coco"
+            )
+        _, image = read_image_spec(folder, source)
+        spec = scorer_spec(config, load_tokenizer(str(folder)), image, source)
+        names, weight_map = weight_files(folder, source)
+        weights = read_weights([folder / name for name in names], source, weight_map)
+    return spec, load_scorer(spec, weights, source)
+
+
+def load_scorer(spec: ScorerSpec, weights: Weights, source: str) -> BlipRetrieval:
+    """Raises CheckpointError if the weights are not those of the config, or are not finite."""
+    from transformers import BlipConfig
+
+    try:
+        with torch.device("meta"):
+            model = BlipRetrieval(BlipConfig.from_dict(spec.model_config))
+    except Exception as error:  # transformers' config classes and torch's modules raise a dozen types at odd values
+        raise CheckpointError(
+            f"no scorer can be built from config.json of {source!r} ({in_short(error)}); copy it again"
+        ) from error
+    own = model.state_dict()
+    given = {name: tensor for name, tensor in weights.items() if not name.endswith("position_ids")}
+    wrong = [name for name in {**own, **given} if name not in own or name not in given]
+    wrong += [name for name, tensor in given.items() if name in own and own[name].shape != tensor.shape]
+    wrong += [name for name, tensor in given.items() if not tensor.is_floating_point() or not tensor.isfinite().all()]
+    if wrong:
+        raise CheckpointError(
+            f"the weights of {source!r} are not a scorer's as its config.json says: {len(wrong)} are missing, unknown, of another "
+            f"shape or not finite (first: {shown(wrong[0])}); check that both files are of the same model"
+        )
+    model.load_state_dict({name: tensor.to(torch.float32) for name, tensor in given.items()}, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def save_scorer(root: str, spec: ScorerSpec, weights: Weights) -> None:
+    """A folder that open_scorer and plain transformers read; it appears whole. Raises StorageError."""
+    with new_folder(root, last="config.json") as folder:
+        write_folder(folder, spec, weights)
+
+
+def write_folder(folder: Path, spec: ScorerSpec, weights: Weights) -> None:
+    save_file(
+        {name: tensor.contiguous() for name, tensor in weights.items()}, folder / WHOLE, metadata={"format": "pt"}
+    )
+    (folder / WHOLE).chmod(0o644)  # the library writes 0600, which locks out others on shared storage
+    save_tokenizer(spec.tokenizer, read_text_spec(spec.model_config, str(folder)), str(folder))
+    write_json(folder / "preprocessor_config.json", image_processor(spec.image, "blip"))
+    write_json(folder / "config.json", spec.model_config | {"architectures": [ARCHITECTURE]})
