@@ -162,7 +162,8 @@ class ImportConfig:
     SOURCES: ClassVar = ("weights", "vision_tower", "text_decoder", "tokenizer")
 
     weights: str = ""
-    """salesforce/BLIP's .pth, ClipCap's .pt, torchvision's vgg16 .pth, or a folder's pytorch_model.bin. Pickled: give only files you trust."""
+    """salesforce/BLIP's .pth, ClipCap's .pt, torchvision's vgg16 .pth, or a folder or hub name with a pytorch_model.bin. Pickled:
+    give only files you trust."""
     vision_tower: str = ""
     """Folder or hub name of CLIP, ViT, SigLIP or DINOv2, for ClipCap's weights or to put together with --text-decoder."""
     text_decoder: str = ""
@@ -170,7 +171,7 @@ class ImportConfig:
     architecture: Literal["clip_gpt2_mlp", "clip_gpt2_transformer", "vit_gpt2"] = "clip_gpt2_mlp"
     """How a --vision-tower and a --text-decoder are put together."""
     tokenizer: str = ""
-    """Folder or hub name of the tokenizer the weights were trained with; --text-decoder brings its own."""
+    """Folder or hub name of the tokenizer the weights were trained with; a --text-decoder brings its own."""
     prompt: str = ""
     """Text in front of every caption, such as BLIP's "a picture of "."""
     image_size: int = 0
@@ -182,7 +183,7 @@ class ImportConfig:
     seed: int = 0
     """Seed of what is drawn anew."""
     out: str = default_root("imported")
-    """Folder or s3:// root of the checkpoint; it must hold none."""
+    """Folder or s3:// root of the checkpoint; it must be empty, or not there yet."""
 
     def __post_init__(self) -> None:
         _require(
@@ -224,8 +225,8 @@ class TrainConfig:
     """Text in front of every caption, in training (masked from the loss) and in generation."""
     max_tokens: int = 32
     """Longest caption in tokens, prompt and end included; longer ones are cut."""
-    clean_captions: bool = True
-    """Lower case, no punctuation, at most 30 words, as BLIP's captions are; off keeps them as they are written."""
+    clean_captions: Literal["auto", "on", "off"] = "auto"
+    """Lower case, no punctuation, at most 30 words, as BLIP's captions are. auto: as --init-from has it; on from scratch."""
     decode: Literal["exact", "fast"] = "exact"
     """fast decodes a JPEG much larger than --image-size at a fraction of its size; the checkpoint remembers it."""
     augment: Literal["none", "blip"] = "none"
@@ -365,7 +366,28 @@ def _demo(architecture: Architecture, **values: Any) -> TrainConfig:
     return replace(TRAIN_PRESETS["demo"], architecture=architecture, out=default_root(f"demo_{name}"), **values)
 
 
-CLIP_GPT2_PRESETS = {"demo": _demo("clip_gpt2_tiny")}
+CLIP_GPT2_PRESETS = {
+    "demo": _demo("clip_gpt2_tiny"),
+    # ClipCap's train.py (rmokady/CLIP_prefix_caption): 10 epochs, 2e-5, batch 40, 5,000 steps of warm-up, Transformers' AdamW
+    # without decay. Its rate falls along a line, ours along a cosine; it takes each caption as a row of its own.
+    "clip_gpt2_coco": TrainConfig(
+        out=default_root("clip_gpt2_coco"),
+        init_from=default_root("clip_gpt2"),  # what jobs/import_weights.py put together
+        image_size=224,
+        max_tokens=40,
+        epochs=10,
+        global_batch_size=40,
+        micro_batch_size=20,
+        captions_per_image=1,
+        lr=2e-5,
+        warmup_steps=5000,
+        weight_decay=0.0,
+        clip_norm=0.0,
+        num_workers=2,
+        eval_every=2000,
+        checkpoint_every=1000,
+    ),
+}
 VIT_GPT2_PRESETS = {
     "demo": _demo("vit_gpt2_tiny"),
     # Fine-tuning of the published model on captions like COCO's, as the table of the families does it.
@@ -376,7 +398,6 @@ VIT_GPT2_PRESETS = {
         image_size=224,
         prompt="",
         label_smoothing=0.0,
-        clean_captions=False,
     ),
 }
 VGG_LSTM_PRESETS = {"demo": _demo("vgg_lstm_tiny")}

@@ -3,7 +3,7 @@
 Owns the protocol and the limits of the process; loads what raycap.image needs only, and that under the limits. Nothing that is
 written is a pickle: the child handles bytes of strangers, so the parent believes it nothing but numbers it has checked.
 
-    parent -> child   REQUEST (fast, bilinear, crop, size, num_bytes), then the encoded image
+    parent -> child   REQUEST (fast, bilinear, crop, size, shorter_side, num_bytes), then the encoded image
     child -> parent   READY once; for each request BEGUN when it has been read, so that no image is blamed for the end of a
                       child that never saw it, then RESPONSE (code, width, height, num_bytes) and what follows: uint8
                       (3, size, size) if code is OK, else the message of the error KINDS[code], UTF-8
@@ -19,9 +19,9 @@ import sys
 from raycap.errors import ErrorKind, ImageError
 from raycap.schema import ImageSpec
 
-REQUEST = struct.Struct("<???II")
+REQUEST = struct.Struct("<???III")
 RESPONSE = struct.Struct("<BIII")
-READY = b"raycap decoder 1"
+READY = b"raycap decoder 2"
 BEGUN = b"+"
 OK = 255
 KINDS = tuple(ErrorKind)
@@ -43,7 +43,7 @@ def main(memory_bytes: int, cpu_s: int) -> None:
     _write(answers, READY)
     with open(0, "rb", buffering=65536) as requests:
         while len(header := requests.read(REQUEST.size)) == REQUEST.size:
-            fast, bilinear, crop, size, num_bytes = REQUEST.unpack(header)
+            fast, bilinear, crop, size, shorter_side, num_bytes = REQUEST.unpack(header)
             _limit_cpu(cpu_s)
             try:
                 data = requests.read(num_bytes)
@@ -61,6 +61,7 @@ def main(memory_bytes: int, cpu_s: int) -> None:
                     decode="fast" if fast else "exact",
                     resample="bilinear" if bilinear else "bicubic",
                     fit="crop" if crop else "squash",
+                    shorter_side=shorter_side,
                 )
                 prepared = prepare_bytes(data, spec)
             except ImageError as error:

@@ -354,7 +354,12 @@ class _Child:
         begun = bytearray(1)
         try:
             request = REQUEST.pack(
-                spec.decode == "fast", spec.resample == "bilinear", spec.fit == "crop", spec.size, len(data)
+                spec.decode == "fast",
+                spec.resample == "bilinear",
+                spec.fit == "crop",
+                spec.size,
+                spec.shorter_side,
+                len(data),
             )
             self._send([memoryview(request), memoryview(data)], deadline)
             self._receive(memoryview(begun), deadline)

@@ -120,10 +120,12 @@ def prepare_bytes(data: bytes, spec: ImageSpec) -> Prepared:
     """The image in data, decoded and prepared in this process. Raises ImageError.
 
     With spec.decode "exact": prepare_image(decode_image(data), spec), without a copy between. With "fast": of
-    load_rgb(data, spec.size) instead, resized with weights of fewer bits: seen to be 2 levels off at most.
+    load_rgb(data, spec.shorter_side or spec.size) instead, resized with weights of fewer bits: seen to be 2 levels off at
+    most.
     """
     try:
-        image, (width, height) = _decode(data, spec.size if spec.decode == "fast" else None)
+        at_least = (spec.shorter_side or spec.size) if spec.decode == "fast" else None
+        image, (width, height) = _decode(data, at_least)
         return Prepared(_square(image, spec, exact=spec.decode == "exact"), width, height)
     except MemoryError as error:
         raise _out_of_memory() from error
@@ -343,7 +345,8 @@ def _square(image: Image.Image, spec: ImageSpec, *, exact: bool = True) -> Pixel
     (width, height), size = image.size, spec.size
     wide, high = size, size
     if spec.fit == "crop":  # as transformers' CLIPImageProcessor: the longer side is rounded down
-        wide, high = (size, size * height // width) if width <= height else (size * width // height, size)
+        short = spec.shorter_side or size
+        wide, high = (short, short * height // width) if width <= height else (short * width // height, short)
     left, top = (wide - size) // 2, (high - size) // 2
     if width * height > MAX_VECTOR_PIXELS:
         resized = image.resize((wide, high), Image.Resampling[spec.resample.upper()])

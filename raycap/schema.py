@@ -48,9 +48,11 @@ class ImageSpec:
     """How an image becomes pixel_values. Stored in the checkpoint, so that no door can differ.
 
     size: side S in pixels. fit: "squash" resizes the image to S x S without keeping its aspect, as BLIP and ViT do; "crop"
-    resizes its shorter side to S and keeps the middle, as CLIP does. resample: the filter of Pillow that both resize with.
+    resizes its shorter side and keeps the middle, S x S, as CLIP does. shorter_side: what "crop" resizes that side to, from S
+    to 2 S, as DINOv2's 256 for 224; 0 means S. resample: the filter of Pillow that both resize with.
     mean, std: per channel (R, G, B), applied on the model's device to pixels scaled to [0, 1].
-    decode: "exact" takes every pixel of the file; "fast" lets a JPEG of at least twice S be decoded at a fraction of its size.
+    decode: "exact" takes every pixel of the file; "fast" lets a JPEG of at least twice the size that it is resized to be decoded
+    at a fraction of its own.
     """
 
     size: int
@@ -59,6 +61,7 @@ class ImageSpec:
     decode: Literal["exact", "fast"] = "exact"
     resample: Literal["bicubic", "bilinear"] = "bicubic"
     fit: Literal["squash", "crop"] = "squash"
+    shorter_side: int = 0
 
     def __post_init__(self) -> None:
         allowed = {"decode": ("exact", "fast"), "resample": ("bicubic", "bilinear"), "fit": ("squash", "crop")}
@@ -68,13 +71,20 @@ class ImageSpec:
                     f"{name} of an image is {' or '.join(map(repr, values))}, not {getattr(self, name)!r}; give one of the two"
                 )
 
+        if self.shorter_side and (self.fit != "crop" or not self.size <= self.shorter_side <= 2 * self.size):
+            raise ValueError(
+                f"shorter_side of an image is {self.shorter_side}, its size {self.size} and its fit {self.fit!r}; give one from size to "
+                f"twice size, with fit 'crop', or 0 for size"
+            )
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        # A shorter_side of 0 is left out, as before there was such a field: what is sealed and hashed stays the same.
+        return {name: value for name, value in asdict(self).items() if name != "shorter_side" or value}
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> "ImageSpec":
         # Fields that older checkpoints lack have their defaults.
-        younger = {name: d[name] for name in ("decode", "resample", "fit") if name in d}
+        younger = {name: d[name] for name in ("decode", "resample", "fit", "shorter_side") if name in d}
         return cls(size=int(d["size"]), mean=_triple(d["mean"]), std=_triple(d["std"]), **younger)
 
 

@@ -1,6 +1,7 @@
 """Scorer: how well texts fit images, by BLIP's image-text matching and by the cosine of their vectors."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,11 +40,12 @@ class Scorer:
 
     @classmethod
     def load(cls, source: str | os.PathLike[str], *, device: str = "cpu") -> "Scorer":
-        """Of a folder or hub name in the layout of transformers' BlipForImageTextRetrieval, for which nothing vouches.
+        """Of a folder or hub name in the layout of transformers' BlipForImageTextRetrieval; warns that nothing vouches for it.
 
         Raises CheckpointError and StorageError.
         """
         spec, model = open_scorer(os.fspath(source))
+        warnings.warn(f"{os.fspath(source)!r} is unverified: no raycap.json vouches for its files", stacklevel=2)
         return cls(model, spec, device)
 
     @torch.no_grad()

@@ -6,30 +6,33 @@ folder or drawn anew from a seed; the printed lines say which.
 
 import copy
 import json
+import re
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from raycap import storage
-from raycap.checkpoint.folder import read_json
+from raycap.checkpoint.folder import shown
 from raycap.checkpoint.layout import (
     MAX_TOKENS,
     complete_config,
     fresh_config,
-    read_image_spec,
     read_text_spec,
     with_pooler,
 )
-from raycap.checkpoint.originals import blip_from_salesforce, read_pickled, retrieval_from_salesforce
+from raycap.checkpoint.originals import PICKLED, blip_from_salesforce, read_pickled, retrieval_from_salesforce
 from raycap.checkpoint.published import local_folder, published_spec
 from raycap.checkpoint.retrieval import load_scorer, save_scorer, scorer_spec
-from raycap.checkpoint.sealed import SEAL, save_checkpoint
-from raycap.checkpoint.spec import CheckpointSpec
-from raycap.checkpoint.weights import export_weights, load_model, read_weights, weight_files
+from raycap.checkpoint.sealed import save_checkpoint
+from raycap.checkpoint.spec import CheckpointSpec, check_spec
+from raycap.checkpoint.towers import read_gpt2, read_vision_tower
+from raycap.checkpoint.weights import export_weights, load_model, read_weights
 from raycap.config import ImportConfig
 from raycap.errors import CheckpointError, UserError
 from raycap.models import CaptionModel, build_model
@@ -37,19 +40,19 @@ from raycap.models.clip_gpt2 import clipcap_layout, import_clipcap
 from raycap.models.presets import CLIP_GPT2_MLP, IMAGES, PRESETS, VGG_LSTM
 from raycap.models.vgg_lstm import import_torchvision
 from raycap.schema import DecodeSettings, ImageSpec
-from raycap.text import TextSpec, load_tokenizer, role_ids
+from raycap.text import END_OF_TEXT, TextSpec, load_tokenizer, role_ids
 
 Say = Callable[[str], None]
 Weights = Mapping[str, Tensor]
-TOWERS = {  # model_type in the config.json of a published folder -> transformers' class of its vision tower
-    "clip": "CLIPVisionModelWithProjection",
-    "clip_vision_model": "CLIPVisionModelWithProjection",
-    "vit": "ViTModel",
-    "siglip": "SiglipVisionModel",
-    "siglip_vision_model": "SiglipVisionModel",
-    "dinov2": "Dinov2Model",
+Imported = tuple[CheckpointSpec, CaptionModel]
+FLAGS = {  # what is imported -> the fields of ImportConfig that it takes beside weights, out and seed
+    "BLIP's weights": ("tokenizer", "prompt", "image_size"),
+    "the weights of BLIP's scorer": ("tokenizer", "image_size"),
+    "ClipCap's weights": ("vision_tower", "tokenizer", "prompt", "image_size", "settings", "num_heads"),
+    "VGG16's weights": ("tokenizer", "prompt", "image_size", "settings"),
+    "the weights of a folder with a config.json": ("prompt",),
+    "towers": ("vision_tower", "text_decoder", "architecture", "prompt", "image_size", "settings"),
 }
-PICKLED = "pytorch_model.bin"  # transformers' name of all weights of a model before safetensors
 # What --settings may name: of towers put together, of ClipCap's weights (which say the rest themselves), of VGG16's.
 FREEZING = ("freeze_vision", "freeze_text", "normalize_prefix")
 MAPPING = ("mapper", "prefix_length", "clip_length", "num_mapper_layers", "num_mapper_heads")
@@ -60,40 +63,101 @@ def import_weights(config: ImportConfig, say: Say = print) -> None:
     """Writes the checkpoint folder config.out. Raises UserError, CheckpointError or StorageError; then nothing is written."""
     if not config.weights and not (config.vision_tower and config.text_decoder):
         raise UserError("nothing to import; give --weights, or --vision-tower and --text-decoder")
-    if storage.exists(storage.join(config.out, SEAL)):
-        raise UserError(f"--out {config.out!r} holds a checkpoint already; give another folder")
-    torch.manual_seed(config.seed)
-    weights = _read(config) if config.weights else {}
-    if _is_scorer(weights):
-        _import_scorer(weights, config, say)
+    _check_empty(config.out)
+    torch.manual_seed(config.seed % 2**63)
+    if not config.weights:
+        _write(_of_towers(config, say), config, say)
         return
-    spec, model = _of_file(weights, config, say) if config.weights else _of_towers(config, say)
+    path = _find(config)
+    weights = _read(path, say)
+    if path.name == PICKLED and (path.parent / "config.json").exists():
+        _write(_published(path.parent, weights, config, say), config, say)
+    elif "itm_head.weight" in weights and not any(name.startswith("text_decoder.") for name in weights):
+        _import_scorer(weights, config, say)  # a pretraining checkpoint holds both, and is taken as a captioner
+    elif any(name.startswith("visual_encoder.") for name in weights):
+        _write(_blip(weights, config, say), config, say)
+    elif any(name.startswith("clip_project.") for name in weights):
+        _write(_clipcap(weights, config, say), config, say)
+    elif "features.0.weight" in weights:
+        _write(_vgg(weights, config, say), config, say)
+    else:
+        raise CheckpointError(
+            f"{config.weights!r} is of no layout that is known (its first tensor is {shown(next(iter(weights), 'none'))}); give "
+            f"weights of BLIP's authors, of ClipCap's, or torchvision's VGG16"
+        )
+
+
+def _check_empty(out: str) -> None:
+    """A folder that holds anything would be replaced by the checkpoint. The job itself has written status.json."""
+    names = storage.list_files(out) if storage.is_url(out) or Path(out).is_dir() else []
+    others = [name for name in names if name != "status.json"]
+    if others or (not storage.is_url(out) and Path(out).is_file()):
+        raise UserError(
+            f"--out {out!r} is not empty (it holds {others[0] if others else 'bytes'!r}); give a folder that does not exist yet"
+        )
+
+
+def _find(config: ImportConfig) -> Path:
+    """The file of --weights, or the pickled one of a folder or hub name."""
+    path = Path(config.weights).expanduser()
+    if path.is_file():
+        return path
+    if not path.is_dir() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", config.weights):
+        raise UserError(f"--weights {config.weights!r} is no file; give the file of the original weights")
+    folder = local_folder(config.weights, pickled=True)
+    if not (folder / PICKLED).is_file():
+        raise UserError(
+            f"--weights {config.weights!r} holds no {PICKLED}; give the file of original weights, or open the folder as it is: "
+            f"every job reads safetensors"
+        )
+    return folder / PICKLED
+
+
+def _read(path: Path, say: Say) -> Weights:
+    if path.suffix == ".safetensors":
+        weights = read_weights([path], str(path))
+    else:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            weights = read_pickled(path)
+        for warning in caught:
+            say(f"warning: {warning.message}")
+    if weights and all(name.startswith("module.") for name in weights):  # of a model that was saved inside DDP
+        weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+    return weights
+
+
+def _accept(config: ImportConfig, what: str) -> None:
+    """Raises UserError for a flag that means nothing for what is imported."""
+    taken = FLAGS[what]
+    for field in fields(config):
+        given = getattr(config, field.name) != getattr(ImportConfig, field.name)
+        if given and field.name not in (*taken, "weights", "out", "seed"):
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in taken)
+            raise UserError(
+                f"--{field.name.replace('_', '-')} {getattr(config, field.name)!r} is not for {what}, which take {flags}; leave it out"
+            )
+
+
+def _write(imported: Imported, config: ImportConfig, say: Say) -> None:
+    """The folder, if what was imported can caption."""
+    spec, model = imported
+    try:
+        spec.check_settings(spec.decode)
+    except ValueError as error:
+        raise UserError(f"captions would not fit the model: {error}, or a shorter prompt or prefix") from error
     info = {"step": 0, "imported_from": [n for n in (config.weights, config.vision_tower, config.text_decoder) if n]}
     save_checkpoint(config.out, export_weights(model), spec, info)
     total = sum(parameter.numel() for parameter in model.parameters())
     say(f"wrote {config.out}: a {spec.kind} model of {total:,} parameters for images of {spec.image.size} pixels")
 
 
-def _read(config: ImportConfig) -> Weights:
-    path = Path(config.weights)
-    if not path.is_file():
-        raise UserError(f"--weights {config.weights!r} is no file; give the file of the original weights")
-    return read_weights([path], str(path)) if path.suffix == ".safetensors" else read_pickled(path)
-
-
-def _is_scorer(weights: Weights) -> bool:
-    """Whether these are of salesforce/BLIP's retrieval. A pretraining checkpoint holds both; it is taken as a captioner."""
-    return "itm_head.weight" in weights and not any(name.startswith("text_decoder.") for name in weights)
-
-
 def _import_scorer(weights: Weights, config: ImportConfig, say: Say) -> None:
-    _with_settings({}, config, ())
-    if storage.exists(storage.join(config.out, "config.json")):
-        raise UserError(f"--out {config.out!r} holds a model already; give another folder")
-    tokenizer = load_tokenizer(_require("--tokenizer", config.tokenizer, "BERT's, for example bert-base-uncased"))
+    _accept(config, "the weights of BLIP's scorer")
     given, converted, dropped = retrieval_from_salesforce(weights, config.weights, image_size=config.image_size or None)
     if dropped:
         say(f"left out {len(dropped)} tensors that only training needs (first: {dropped[0]})")
+    tokenizer = _berts(config, given["text_config"])
     image = ImageSpec(size=given["vision_config"]["image_size"])
     spec = scorer_spec(given, tokenizer, image, config.weights)
     load_scorer(spec, converted, config.weights)
@@ -101,105 +165,103 @@ def _import_scorer(weights: Weights, config: ImportConfig, say: Say) -> None:
     say(f"wrote {config.out}: a scorer of images and texts, for raycap.Scorer and transformers; it captions nothing")
 
 
-def _of_file(weights: Weights, config: ImportConfig, say: Say) -> tuple[CheckpointSpec, CaptionModel]:
-    path = Path(config.weights)
-    if path.name == PICKLED:
-        return _published(path.parent, weights, config, say)
-    if any(name.startswith("visual_encoder.") for name in weights):
-        return _blip(weights, config, say)
-    if any(name.startswith("clip_project.") for name in weights):
-        return _clipcap(weights, config, say)
-    if "features.0.weight" in weights:
-        return _vgg(weights, config, say)
-    raise CheckpointError(
-        f"{config.weights!r} is of no layout that is known (its first tensor is {next(iter(weights), 'none')!r}); give weights of "
-        f"BLIP's authors, of ClipCap's, or torchvision's VGG16"
-    )
-
-
-def _published(folder: Path, weights: Weights, config: ImportConfig, say: Say) -> tuple[CheckpointSpec, CaptionModel]:
+def _published(folder: Path, weights: Weights, config: ImportConfig, say: Say) -> Imported:
     """A folder in Hugging Face's layout from before safetensors; the files beside the weights say the rest."""
-    _with_settings({}, config, ())
-    if config.image_size or config.tokenizer:
-        flag = "--image-size" if config.image_size else "--tokenizer"
-        raise UserError(f"{flag} is for weights without a config.json; {str(folder)!r} has one that says it")
+    _accept(config, "the weights of a folder with a config.json")
     spec, _ = published_spec(folder, str(folder))
-    spec = replace(
-        spec,
-        model_config=with_pooler(spec.model_config, weights),
-        text=replace(spec.text, prompt=config.prompt),
-        verified=True,
-    )
+    text = replace(spec.text, prompt=config.prompt)
+    spec = replace(spec, model_config=with_pooler(spec.model_config, weights), text=text, verified=True)
     say(f"configuration and tokenizer are those of {folder}")
     return spec, load_model(spec, weights, config.weights)
 
 
-def _blip(weights: Weights, config: ImportConfig, say: Say) -> tuple[CheckpointSpec, CaptionModel]:
-    _with_settings({}, config, ())
+def _blip(weights: Weights, config: ImportConfig, say: Say) -> Imported:
+    _accept(config, "BLIP's weights")
     given, converted, dropped = blip_from_salesforce(weights, config.weights, image_size=config.image_size or None)
     if dropped:
         say(f"left out {len(dropped)} tensors of other heads (first: {dropped[0]})")
     model_config = complete_config(given, config.weights)
+    tokenizer = _berts(config, model_config["text_config"])
     text = replace(read_text_spec(model_config, config.weights), prompt=config.prompt)
-    image = ImageSpec(size=model_config["vision_config"]["image_size"])
-    spec = _spec(model_config, text, image, config)
+    spec = _spec(model_config, tokenizer, text, ImageSpec(size=model_config["vision_config"]["image_size"]))
     return spec, load_model(spec, converted, config.weights)
 
 
-def _clipcap(weights: Weights, config: ImportConfig, say: Say) -> tuple[CheckpointSpec, CaptionModel]:
-    _require(
-        "--vision-tower",
-        config.vision_tower,
-        "ClipCap's weights hold none: openai/clip-vit-base-patch32's is the usual one",
-    )
+def _clipcap(weights: Weights, config: ImportConfig, say: Say) -> Imported:
+    """ClipCap's captions end with "." (stop_token of its predict.py): it trains without an end token."""
+    _accept(config, "ClipCap's weights")
+    why = "ClipCap's weights hold none; the published ones were trained with openai/clip-vit-base-patch32"
+    tower_source = _require("--vision-tower", config.vision_tower, why)
     try:
         ours, layout = import_clipcap(weights), clipcap_layout(weights)
     except ValueError as error:
         raise CheckpointError(f"{config.weights!r}: {error}") from error
-    vision_config, image, tower = _vision_tower(config.vision_tower)
+    tokenizer = _gpt2s(config.tokenizer)
+    text = _text(tokenizer, config)
+    if (period := tokenizer.token_to_id(".")) is not None:
+        text = replace(text, eos_id=period)
+        say("captions end with '.', as ClipCap's do")
+    vision_config, image, tower = read_vision_tower(tower_source, config.image_size)
     vocab_size, width = ours["gpt.transformer.wte.weight"].shape
-    positions = ours["gpt.transformer.wpe.weight"].shape[0]
-    layers = 1 + max(int(name.split(".")[3]) for name in ours if name.startswith("gpt.transformer.h."))
-    sizes = {
+    num_heads = config.num_heads or width // 64 or 1
+    if width % num_heads:
+        raise UserError(
+            f"--num-heads {num_heads} does not divide the width {width} of this GPT-2; give a number that does"
+        )
+    words = {
         "vocab_size": vocab_size,
         "n_embd": width,
-        "n_positions": positions,
-        "n_layer": layers,
-        "n_head": width // 64 or 1,
+        "n_positions": ours["gpt.transformer.wpe.weight"].shape[0],
+        "n_layer": 1 + max(int(name.split(".")[3]) for name in ours if name.startswith("gpt.transformer.h.")),
+        "n_head": num_heads,
+        "bos_token_id": text.bos_id,
+        "eos_token_id": text.eos_id,
+        "pad_token_id": text.pad_id,
     }
     model_config = CLIP_GPT2_MLP | layout | {"vision_config": vision_config}
-    model_config["text_config"] = CLIP_GPT2_MLP["text_config"] | sizes | {"n_head": config.num_heads or sizes["n_head"]}
+    model_config["text_config"] = CLIP_GPT2_MLP["text_config"] | words
     model_config = _with_settings(complete_config(model_config, config.weights), config, FREEZING)
-    spec = _spec(model_config, _gpt2_text(config), image, config)
-    say(f"the vision tower is that of {config.vision_tower}")
-    return spec, load_model(spec, {**ours, **tower}, config.weights)
+    spec = _spec(model_config, tokenizer, text, image)
+    first = next(name for name in ours if name.startswith("clip_project.") and name.endswith("weight"))
+    own = _meta(spec, config.weights)[first].shape
+    if own != ours[first].shape:
+        raise UserError(
+            f"the mapper of {config.weights!r} reads {ours[first].shape[1]} values, and {tower_source!r} gives {own[1]}; give the "
+            f"--vision-tower that it was trained with"
+        )
+    say(f"the vision tower is that of {tower_source}")
+    return spec, load_model(spec, {**ours, **_below("vision_tower.", tower)}, config.weights)
 
 
-def _vgg(weights: Weights, config: ImportConfig, say: Say) -> tuple[CheckpointSpec, CaptionModel]:
+def _vgg(weights: Weights, config: ImportConfig, say: Say) -> Imported:
+    _accept(config, "VGG16's weights")
     tokenizer = load_tokenizer(_require("--tokenizer", config.tokenizer, "the vocabulary of the LSTM"))
     preset = _with_settings(VGG_LSTM, config, DECODING)
     try:
         ours = import_torchvision(weights, attention=preset["attention"])
     except ValueError as error:
         raise CheckpointError(f"{config.weights!r}: {error}") from error
-    text = _text(tokenizer, config)
     size = config.image_size or preset["image_size"]
     model_config = preset | {"vocab_size": tokenizer.get_vocab_size(), "image_size": size}
-    spec = _spec(model_config, text, replace(IMAGES["vgg_lstm"], size=size), config)
+    spec = _spec(model_config, tokenizer, _text(tokenizer, config), replace(IMAGES["vgg_lstm"], size=size))
     say("the LSTM is drawn anew: train it with jobs/train_vgg_lstm.py --init-from this folder")
     return spec, _with(spec, ours, config.weights)
 
 
-def _of_towers(config: ImportConfig, say: Say) -> tuple[CheckpointSpec, CaptionModel]:
+def _of_towers(config: ImportConfig, say: Say) -> Imported:
     """Pretrained towers under what joins them, drawn anew: ClipCap's mapper, or the cross-attention of ViT-GPT2."""
-    vision_config, image, tower = _vision_tower(config.vision_tower)
-    text_config, decoder = _gpt2(config.text_decoder)
+    _accept(config, "towers")
+    vision_config, image, tower = read_vision_tower(config.vision_tower, config.image_size)
+    text_config, decoder = read_gpt2(config.text_decoder)
+    tokenizer = _gpt2s(config.text_decoder)
+    text = _text(tokenizer, config)
     preset = copy.deepcopy(PRESETS[config.architecture])
-    text = _gpt2_text(config)
+    sizes = {"vocab_size": text_config["vocab_size"], "num_positions": text_config["n_positions"]}
     if preset["model_type"] == "clip_gpt2":
         preset |= {"vision_config": vision_config, "text_config": text_config}
         preset = _with_settings(preset, config, (*FREEZING, *MAPPING))
-        weights = {**tower, **{f"gpt.{name}": tensor for name, tensor in decoder.items()}}
+        sizes["num_positions"] -= preset["prefix_length"]
+        weights = _below("vision_tower.", tower) | _below("gpt.", decoder)
         fresh = "the mapper"
     else:
         _with_settings(preset, config, ())
@@ -209,16 +271,16 @@ def _of_towers(config: ImportConfig, say: Say) -> tuple[CheckpointSpec, CaptionM
             )
         vision_config["add_pooling_layer"] = False
         preset |= {"encoder": vision_config, "decoder": text_config | {"add_cross_attention": True, "is_decoder": True}}
-        weights = {f"encoder.{name.removeprefix('vision_tower.')}": tensor for name, tensor in tower.items()}
-        weights |= {f"decoder.{name}": tensor for name, tensor in decoder.items()}
+        weights = _below("encoder.", tower) | _below("decoder.", decoder)
         fresh = "the cross-attention"
-    sizes = {"vocab_size": text_config["vocab_size"], "num_positions": text_config["n_positions"]}
-    if preset["model_type"] == "clip_gpt2":
-        sizes["num_positions"] -= preset["prefix_length"]
     model_config = complete_config(fresh_config(preset, text=text, image_size=image.size, **sizes), config.vision_tower)
-    spec = _spec(model_config, text, image, config)
     say(f"{fresh} is drawn anew: train it with --init-from this folder")
+    spec = _spec(model_config, tokenizer, text, image)
     return spec, _with(spec, weights, f"{config.vision_tower} and {config.text_decoder}")
+
+
+def _below(prefix: str, weights: Weights) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in weights.items()}
 
 
 def _with_settings(model_config: dict[str, Any], config: ImportConfig, names: tuple[str, ...]) -> dict[str, Any]:
@@ -229,90 +291,66 @@ def _with_settings(model_config: dict[str, Any], config: ImportConfig, names: tu
         given = json.loads(config.settings)
     except ValueError as error:
         raise UserError(f"--settings {config.settings!r} is no JSON ({error}); give an object in quotes") from error
-    if not isinstance(given, dict) or (unknown := sorted(given.keys() - set(names))):
-        what = f"names {unknown[0]!r}" if isinstance(given, dict) else "is no JSON object"
-        raise UserError(f"--settings {config.settings!r} {what}; these weights take {', '.join(names) or 'none'}")
+    if not isinstance(given, dict):
+        raise UserError(f'--settings {config.settings!r} is no JSON object; give one, such as {{"freeze_text": 6}}')
+    changed = model_config | given
+    if changed.get("mapper") != "transformer":
+        names = tuple(name for name in names if name not in MAPPING[2:])
+    if unknown := sorted(given.keys() - set(names)):
+        raise UserError(
+            f"--settings {config.settings!r} names {unknown[0]!r}; these weights take {', '.join(names) or 'none'}"
+        )
     try:
-        complete_config(changed := model_config | given, "--settings")
+        complete_config(changed, "--settings")
     except CheckpointError as error:
         raise UserError(f"--settings {config.settings!r} cannot be used: {error.__cause__}") from error
     return changed
 
 
+def _meta(spec: CheckpointSpec, source: str) -> dict[str, Tensor]:
+    """The shapes of the model, which is checked but not built: a size may be any number."""
+    check_spec(spec, source)
+    with torch.device("meta"):
+        return build_model(spec.kind, spec.model_config).state_dict()
+
+
 def _with(spec: CheckpointSpec, weights: Weights, source: str) -> CaptionModel:
     """A fresh model with these weights in place of some of its own, by the names it has in memory."""
-    model = build_model(spec.kind, spec.model_config)
-    own = model.state_dict()
-    wrong = [n for n, t in weights.items() if n not in own or own[n].shape != t.shape]
+    own = _meta(spec, source)
+    wrong = [n for n, t in weights.items() if n not in own or own[n].shape != t.shape or not bool(t.isfinite().all())]
     if wrong:
-        raise CheckpointError(f"the weights of {source!r} do not fit the model (first: {wrong[0]!r}); give others")
+        raise CheckpointError(
+            f"the weights of {source!r} do not fit the model, or are not finite (first: {wrong[0]!r}); give others"
+        )
+    model = build_model(spec.kind, spec.model_config)
     model.load_state_dict(dict(weights), strict=False)
     return model
 
 
-def _vision_tower(source: str) -> tuple[dict[str, Any], ImageSpec, dict[str, Tensor]]:
-    """The configuration of a published tower, how it wants its images, and its weights, named below vision_tower."""
-    import transformers
-
-    folder = local_folder(source)
-    kind = read_json(folder / "config.json", source).get("model_type")
-    if kind not in TOWERS:
-        raise CheckpointError(
-            f"{source!r} is a model of type {kind!r}; give one with a vision tower of {', '.join(TOWERS)}"
+def _berts(config: ImportConfig, text_config: Mapping[str, Any]) -> Tokenizer:
+    """BERT's tokenizer, with BLIP's two tokens behind its own or, as it is published, without them."""
+    name = _require("--tokenizer", config.tokenizer, "BLIP's, for example Salesforce/blip-image-captioning-base")
+    tokenizer, vocab_size = load_tokenizer(name), text_config["vocab_size"]
+    if tokenizer.get_vocab_size() not in (vocab_size, vocab_size - 2) or (
+        tokenizer.token_to_id("[SEP]") != text_config["sep_token_id"]
+    ):
+        raise UserError(
+            f"--tokenizer {name!r} has {tokenizer.get_vocab_size()} tokens and [SEP] = {tokenizer.token_to_id('[SEP]')}, and these "
+            f"weights have {vocab_size} and {text_config['sep_token_id']}; give that of bert-base-uncased, or of BLIP itself"
         )
-    _, image = read_image_spec(folder, source)
-    tower = _load(getattr(transformers, TOWERS[kind]), folder, source)
-    vision_config = tower.config.to_dict()
-    if vision_config["image_size"] != image.size:
-        raise CheckpointError(
-            f"{source!r} prepares images of {image.size} pixels for a tower of {vision_config['image_size']}"
+    return tokenizer
+
+
+def _gpt2s(name: str) -> Tokenizer:
+    tokenizer = load_tokenizer(_require("--tokenizer", name, "GPT-2's, for example openai-community/gpt2"))
+    if tokenizer.token_to_id(END_OF_TEXT) is None:
+        raise UserError(
+            f"the tokenizer of {name!r} has no {END_OF_TEXT}, so it is not GPT-2's; give openai-community/gpt2"
         )
-    weights = {name: tensor for name, tensor in tower.state_dict().items() if not name.startswith("pooler.dense.")}
-    return vision_config, image, {f"vision_tower.{name}": tensor for name, tensor in weights.items()}
+    return tokenizer
 
 
-def _gpt2(source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from transformers import GPT2LMHeadModel
-
-    folder = local_folder(source)
-    kind = read_json(folder / "config.json", source).get("model_type")
-    if kind != "gpt2":
-        raise CheckpointError(f"{source!r} is a model of type {kind!r}; give a GPT-2 as --text-decoder")
-    model = _load(GPT2LMHeadModel, folder, source)
-    return model.config.to_dict(), dict(model.state_dict())
-
-
-def _load(kind: Any, folder: Path, source: str) -> Any:
-    """A tower as transformers loads it, whole: every weight of it is in the folder, but for a pooler that nothing reads."""
-    from transformers import logging
-
-    weight_files(folder, source)  # safetensors, or what to do
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it lists the text tower that is left out
-    try:
-        model, report = kind.from_pretrained(
-            folder, use_safetensors=True, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
-    except Exception as error:  # transformers raises a dozen types at a folder that is damaged or of another kind
-        raise CheckpointError(
-            f"{source!r} cannot be read ({str(error).partition(chr(10))[0]}); copy it again"
-        ) from error
-    finally:
-        logging.set_verbosity(before)
-    missing = [name for name in report["missing_keys"] if "pooler.dense" not in name]
-    if missing or report["mismatched_keys"]:
-        raise CheckpointError(
-            f"{source!r} lacks weights that its config.json asks for (first: {[*missing, *report['mismatched_keys']][0]}); copy it again"
-        )
-    return model
-
-
-def _gpt2_text(config: ImportConfig) -> TextSpec:
-    source = config.tokenizer or config.text_decoder
-    return _text(load_tokenizer(_require("--tokenizer", source, "GPT-2's, for example openai-community/gpt2")), config)
-
-
-def _text(tokenizer: Any, config: ImportConfig) -> TextSpec:
+def _text(tokenizer: Tokenizer, config: ImportConfig) -> TextSpec:
     bos_id, eos_id, pad_id = role_ids(tokenizer)
     return TextSpec(
         prompt=config.prompt,
@@ -325,14 +363,11 @@ def _text(tokenizer: Any, config: ImportConfig) -> TextSpec:
     )
 
 
-def _spec(model_config: dict[str, Any], text: TextSpec, image: ImageSpec, config: ImportConfig) -> CheckpointSpec:
-    source = _require(
-        "--tokenizer", config.tokenizer or config.text_decoder, "the one that the weights were trained with"
-    )
+def _spec(model_config: dict[str, Any], tokenizer: Tokenizer, text: TextSpec, image: ImageSpec) -> CheckpointSpec:
     return CheckpointSpec(
         kind=model_config["model_type"],
         model_config=model_config,
-        tokenizer=load_tokenizer(source),
+        tokenizer=tokenizer,
         text=text,
         image=image,
         decode=DecodeSettings(),

@@ -1,7 +1,9 @@
 """How each kind of model lies in a folder in Hugging Face's layout: what its JSON files say, written and read. Reads no weights."""
 
 import math
+import re
 from collections.abc import Container, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,27 @@ ARCHITECTURES = {  # the one entry of "architectures" in config.json
     "vision-encoder-decoder": "VisionEncoderDecoderModel",
     "vgg_lstm": "VggLstm",
 }
+SCORER = "BlipForImageTextRetrieval"  # in "architectures" of a model that captions nothing
 MOST_BEAMS = 100  # that generation_config.json may ask for: every image becomes as many rows
 _RESAMPLES = {2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
+_CROPS = {"resample": 3, "do_center_crop": True, "crop_size": 224}
+_DEFAULTS: dict[str, dict[str, Any]] = {  # of transformers' image processors, for what a file leaves out
+    "Bit": _CROPS,
+    "Blip": {"resample": 3},
+    "CLIP": _CROPS,
+    "Siglip": {"resample": 3},
+    "ViT": {"resample": 2},
+}
+_BY_SHORTER_SIDE = ("Bit", "CLIP", "Siglip")  # those that take a size of one number for the shorter side
+_PROCESSORS = {  # model_type in config.json -> the image processor that transformers chooses where the file names none
+    "blip": "Blip",
+    "clip": "CLIP",
+    "clip_vision_model": "CLIP",
+    "dinov2": "Bit",
+    "siglip": "Siglip",
+    "siglip_vision_model": "Siglip",
+    "vit": "ViT",
+}
 
 
 def hugging_face_files(spec: CheckpointSpec) -> dict[str, dict[str, Any]]:
@@ -47,7 +68,7 @@ def code_files(spec: CheckpointSpec) -> dict[str, str]:
 def image_processor(image: ImageSpec, kind: str) -> dict[str, Any]:
     """preprocessor_config.json of a model of this kind."""
     size = {"height": image.size, "width": image.size}
-    cropped = {"size": {"shortest_edge": image.size}, "do_center_crop": True, "crop_size": size}
+    cropped = {"size": {"shortest_edge": image.shorter_side or image.size}, "do_center_crop": True, "crop_size": size}
     squashed = {"size": size}
     name = "CLIP" if image.fit == "crop" else "Blip" if kind == "blip" else "ViT"
     return {
@@ -81,9 +102,13 @@ def _generation(spec: CheckpointSpec) -> dict[str, Any]:
     return generation
 
 
-def complete_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+def complete_config(config: Mapping[str, Any], source: str, *, scorer: bool = False) -> dict[str, Any]:
     """A published config.json with the defaults that older exports leave out. Raises CheckpointError."""
     kind = config.get("model_type")
+    if SCORER in (config.get("architectures") or ()) and not scorer:
+        raise CheckpointError(
+            f"{source!r} is a scorer of images and texts, which captions nothing; open it with raycap.Scorer"
+        )
     auto_map = config.get("auto_map")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise CheckpointError(
@@ -180,7 +205,8 @@ def read_text_spec(config: Mapping[str, Any], source: str) -> TextSpec:
                 )
     except KeyError as error:
         raise CheckpointError(f"config.json of {source!r} lacks {error}; copy it again") from error
-    return TextSpec(prompt="", max_tokens=MAX_TOKENS, bos_id=bos, eos_id=eos, pad_id=pad)
+    spec = TextSpec(prompt="", max_tokens=MAX_TOKENS, bos_id=bos, eos_id=eos, pad_id=pad)
+    return spec if config["model_type"] == "blip" else replace(spec, clean=False, max_words=None)
 
 
 def _first(*values: Any) -> Any:
@@ -198,14 +224,17 @@ def read_image_spec(folder: Path, source: str) -> tuple[str, ImageSpec]:
         name = "processor_config.json"
         image = read_json(folder / name, source).get("image_processor")
     image = image if isinstance(image, dict) else read_json(folder / name, source)
-    size, fit = _size_and_fit(image)
-    if size is None or not {"image_mean", "image_std"} <= image.keys():
+    kind = _processor(image, folder, source)
+    image = _DEFAULTS.get(kind, {}) | image
+    try:
+        square = _square(image, by_shorter_side=kind in _BY_SHORTER_SIDE)
+        mean, std = image["image_mean"], image["image_std"]
+    except (KeyError, ValueError) as error:
         raise CheckpointError(
-            f"{name} of {source!r} has no square size, image_mean and image_std (size: {shown(image.get('size'))}); raycap resizes "
-            f"images to a square, or their shorter side and cuts out the middle: choose a folder that asks for either"
-        )
-    kind = str(image.get("image_processor_type") or image.get("feature_extractor_type") or "Blip")
-    resample = image.get("resample", 2 if kind.startswith("ViT") else 3)
+            f"{name} of {source!r} has no square size, image_mean and image_std ({in_short(error)}); raycap resizes images to a square, "
+            f"or their shorter side and cuts out the middle: choose a folder that asks for either"
+        ) from error
+    resample: Any = image.get("resample")
     scale = image.get("rescale_factor") or 1 / 255
     ours = {"do_resize": True, "do_rescale": True, "do_normalize": True}
     others = {key: image[key] for key, value in ours.items() if image.get(key) not in (None, value)}
@@ -218,9 +247,8 @@ def read_image_spec(folder: Path, source: str) -> tuple[str, ImageSpec]:
             f"{name} of {source!r} asks for {shown(others)}; raycap resizes bicubic or bilinear, scales by 1/255 and normalises: choose a "
             f"folder of such preprocessing"
         )
-    given = {"size": size, "mean": image["image_mean"], "std": image["image_std"], "resample": _RESAMPLES[resample]}
     try:
-        spec = ImageSpec.from_dict({**given, "fit": fit})
+        spec = ImageSpec.from_dict({**square.to_dict(), "mean": mean, "std": std, "resample": _RESAMPLES[resample]})
         if not all(map(math.isfinite, (*spec.mean, *spec.std))) or min(spec.std) <= 0:
             raise ValueError("finite ones, and image_std above 0")
     except (TypeError, ValueError, OverflowError) as error:
@@ -230,26 +258,42 @@ def read_image_spec(folder: Path, source: str) -> tuple[str, ImageSpec]:
     return name, spec
 
 
-def _size_and_fit(image: Mapping[str, Any]) -> tuple[int | None, str]:
-    """The side of the square and how an image becomes one; None where it is no square."""
-    size, crop = _side(image.get("size"), "shortest_edge"), _side(image.get("crop_size"))
-    if image.get("do_center_crop"):
-        return (size if size == crop else None), "crop"
-    size = _side(image.get("size"))
-    return size, "squash"
+def _processor(image: Mapping[str, Any], folder: Path, source: str) -> str:
+    """The name of the image processor, as in _DEFAULTS: of the file, else what goes with the model; "" if none is known."""
+    named = image.get("image_processor_type") or image.get("feature_extractor_type")
+    if named:
+        return re.sub("(ImageProcessor|FeatureExtractor).*", "", str(named))
+    config: Any = read_json(folder / "config.json", source)
+    if config.get("model_type") == "vision-encoder-decoder":  # of which transformers knows none; its encoder's
+        config = config.get("encoder")
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    return _PROCESSORS.get(kind, "") if isinstance(kind, str) else ""
 
 
-def _side(size: Any, shortest: str = "") -> int | None:
-    """Of a number, {"height": S, "width": S}, or {shortest: S}."""
+def _square(image: Mapping[str, Any], *, by_shorter_side: bool) -> ImageSpec:
+    """How an image becomes a square, the other fields at their defaults. Raises ValueError where it does not become one.
+
+    by_shorter_side: what a size of one number means.
+    """
+    size, crop_size = image.get("size"), image.get("crop_size")
     if isinstance(size, dict):
-        size = (
-            size.get(shortest)
-            if shortest in size
-            else size.get("height")
-            if size.get("height") == size.get("width")
-            else None
-        )
-    return size if isinstance(size, int) and not isinstance(size, bool) else None
+        by_shorter_side = size.get("shortest_edge") is not None
+    side = _side(size, "shortest_edge") if by_shorter_side else _side(size, "height", "width")
+    crop = _side(crop_size, "height", "width") if image.get("do_center_crop") else None
+    if by_shorter_side and side and crop:
+        return ImageSpec(size=crop, fit="crop", shorter_side=0 if side == crop else side)
+    if by_shorter_side or not side or (image.get("do_center_crop") and crop != side):
+        raise ValueError(f"size: {shown(size)}, crop_size: {shown(crop_size)}")
+    return ImageSpec(size=side)
+
+
+def _side(size: Any, *names: str) -> int | None:
+    """S of a number S, or of {name: S} with all of these names and no other; None if it is neither, or S below 1."""
+    if isinstance(size, dict):
+        given = {name: value for name, value in size.items() if value is not None}
+        same = given.keys() == set(names) and all(value == given[names[0]] for value in given.values())
+        size = given[names[0]] if same else None
+    return size if type(size) is int and size > 0 else None
 
 
 def read_decode_settings(folder: Path, source: str) -> DecodeSettings:

@@ -29,6 +29,7 @@ from raycap.models.blip import TIED_NAMES
 Layout = dict[str, tuple[str, tuple[int, ...]]]  # name in the file -> (Hugging Face's name, shape)
 Imported = tuple[dict[str, Any], dict[str, Tensor], list[str]]  # configuration, weights, names of what was dropped
 
+PICKLED = "pytorch_model.bin"  # transformers' name of all weights of a model before safetensors
 HEAD_WIDTH = 64  # of ViT-B, ViT-L and BERT base; the number of heads leaves no trace in the weights
 MOST_EXPANSION = 10  # of a compressed file in memory: weights shrink by a tenth, a trap by a thousand
 SEP_ID = 102  # [SEP] of bert-base-uncased, which ends captions; [DEC] and [ENC] come behind that vocabulary
@@ -350,12 +351,22 @@ def _fit_positions(weights: dict[str, Tensor], vision: dict[str, Any], image_siz
     if image_size < 1 or image_size % vision["patch_size"]:
         raise CheckpointError(
             f"images of {image_size} pixels cannot be cut into the patches of {vision['patch_size']} that {source!r} was trained "
-            f"with; give a multiple as image_size"
+            f"with; give a multiple as --image-size"
         )
     name = "vision_model.embeddings.position_embedding"
-    class_11E, patches_1PE = weights[name][:, :1], weights[name][:, 1:]
-    side, new_side = (size // vision["patch_size"] for size in (vision["image_size"], image_size))
+    sides = (vision["image_size"] // vision["patch_size"], image_size // vision["patch_size"])
+    weights[name] = resized_positions(weights[name], *sides)
+    vision["image_size"] = image_size
+
+
+def resized_positions(positions: Tensor, side: int, new_side: int) -> Tensor:
+    """Position embeddings (..., [1 +] side^2, E) for new_side^2 patches: a class token's in front is kept."""
+    if side == new_side:
+        return positions
+    num_extra = positions.shape[-2] - side**2
+    positions_1LE = positions.view(1, *positions.shape[-2:])
+    extra_1XE, patches_1PE = positions_1LE[:, :num_extra], positions_1LE[:, num_extra:]
     picture_1ESS = patches_1PE.to(torch.promote_types(patches_1PE.dtype, torch.float32)).mT.reshape(1, -1, side, side)
     resized_1ESS = F.interpolate(picture_1ESS, size=(new_side, new_side), mode="bicubic", align_corners=False)
-    weights[name] = torch.cat([class_11E, resized_1ESS.flatten(2).mT.to(patches_1PE.dtype)], dim=1)
-    vision["image_size"] = image_size
+    resized_1XE = torch.cat([extra_1XE, resized_1ESS.flatten(2).mT.to(patches_1PE.dtype)], dim=1)
+    return resized_1XE.view(*positions.shape[:-2], *resized_1XE.shape[1:])

@@ -47,10 +47,18 @@ def _open(source: str, text: Mapping[str, Any], *, keep: bool = True) -> tuple[C
     return replace(spec, text=replace(spec.text, **text)), weights
 
 
-def local_folder(source: str) -> Path:
-    """The folder of a path, or where the hub's files of that name lie after their download. Raises CheckpointError."""
+def local_folder(source: str, *, pickled: bool = False) -> Path:
+    """The folder of a path, or where the hub's files of that name lie after their download. Raises CheckpointError.
+
+    pickled: whether a hub's pytorch_model.bin may come in the place of safetensors, for jobs/import_weights.py.
+    """
     path = Path(source).expanduser()
-    return path.absolute() if path.exists() else Path(_download_from_hub(source))
+    if path.exists():
+        return path.absolute()
+    folder = Path(_download_from_hub(source, "*.safetensors"))
+    if pickled and not any(folder.glob("*.safetensors")):
+        _download_from_hub(source, "pytorch_model.bin")
+    return folder
 
 
 def _read_published(folder: Path, source: str, keep: bool) -> tuple[CheckpointSpec, Weights]:
@@ -80,7 +88,7 @@ def published_spec(folder: Path, source: str) -> tuple[CheckpointSpec, dict[str,
     return spec, {name: sha256_of_file(folder / name) for name in ("config.json", "tokenizer.json", preprocessor)}
 
 
-def _download_from_hub(name: str) -> str:
+def _download_from_hub(name: str, weights: str) -> str:
     if name.startswith(("/", ".", "~")) or name.count("/") != 1:
         raise CheckpointError(
             f"no checkpoint folder at {name!r}: it does not exist; check the path, or give a hub name like 'owner/name'"
@@ -88,7 +96,7 @@ def _download_from_hub(name: str) -> str:
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.md", "*.safetensors"])
+        return snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.md", weights])
     except Exception as error:  # the hub client has dozens of types here; each means the same to the user
         raise CheckpointError(
             f"cannot get {name!r} from the model hub ({type(error).__name__}: {str(error).partition(chr(10))[0]}); check the name and the "

@@ -9,15 +9,13 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from raycap.checkpoint.folder import in_short, local_copy, new_folder, read_json, shown, write_json
-from raycap.checkpoint.layout import complete_config, image_processor, read_image_spec, read_text_spec
+from raycap.checkpoint.layout import SCORER, complete_config, image_processor, read_image_spec, read_text_spec
 from raycap.checkpoint.published import local_folder
 from raycap.checkpoint.weights import WHOLE, Weights, read_weights, weight_files
 from raycap.errors import CheckpointError
 from raycap.models.blip_retrieval import BlipRetrieval
 from raycap.schema import ImageSpec
 from raycap.text import CLS, ENC, SEP, load_tokenizer, save_tokenizer
-
-ARCHITECTURE = "BlipForImageTextRetrieval"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +33,7 @@ class ScorerSpec:
 
 def scorer_spec(model_config: dict[str, Any], tokenizer: Tokenizer, image: ImageSpec, source: str) -> ScorerSpec:
     """Raises CheckpointError if the tokenizer is not BERT's or is not the model's, or images are of another size."""
-    config = complete_config(model_config, source)
+    config = complete_config(model_config, source, scorer=True)
     text, size = config["text_config"], config["vision_config"]["image_size"]
     cls_id, sep_id = (tokenizer.token_to_id(token) for token in (CLS, SEP))
     if cls_id is None or sep_id is None or tokenizer.get_vocab_size() > text["vocab_size"]:
@@ -64,9 +62,9 @@ def open_scorer(source: str) -> tuple[ScorerSpec, BlipRetrieval]:
     """The scorer of a folder or hub name, on the CPU, in float32 and eval mode. Raises CheckpointError, StorageError."""
     with local_copy(str(local_folder(source)) if "://" not in source else source) as folder:
         config = read_json(folder / "config.json", source)
-        if ARCHITECTURE not in (config.get("architectures") or ()):
+        if SCORER not in (config.get("architectures") or ()):
             raise CheckpointError(
-                f"{source!r} is of {shown(config.get('architectures'))}; a scorer is a {ARCHITECTURE}, such as "
+                f"{source!r} is of {shown(config.get('architectures'))}; a scorer is a {SCORER}, such as "
                 f"Salesforce/blip-itm-base-coco"
             )
         _, image = read_image_spec(folder, source)
@@ -114,4 +112,4 @@ def write_folder(folder: Path, spec: ScorerSpec, weights: Weights) -> None:
     (folder / WHOLE).chmod(0o644)  # the library writes 0600, which locks out others on shared storage
     save_tokenizer(spec.tokenizer, read_text_spec(spec.model_config, str(folder)), str(folder))
     write_json(folder / "preprocessor_config.json", image_processor(spec.image, "blip"))
-    write_json(folder / "config.json", spec.model_config | {"architectures": [ARCHITECTURE]})
+    write_json(folder / "config.json", spec.model_config | {"architectures": [SCORER]})

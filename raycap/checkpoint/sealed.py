@@ -134,15 +134,26 @@ def _damaged(name: str, root: str) -> CheckpointError:
 
 def _model_card(spec: CheckpointSpec, info: Mapping[str, Any]) -> str:
     metrics = "\n".join(f"| {k} | {v:.4f} |" for k, v in info.get("metrics", {}).items() if isinstance(v, float))
+    ours_alone = spec.kind == "vgg_lstm"
+    library = "raycap" if ours_alone else "transformers"
+    source = ", ".join(map(str, info.get("imported_from", ())))
+    made = f"imported from {source} with" if source else "trained with"
+    step = "" if source else f", step {info.get('step', 'unknown')}"
+    size, shorter = spec.image.size, spec.image.shorter_side or spec.image.size
+    fit = {
+        "squash": f"resized to {size} x {size} pixels",
+        "crop": f"resized until their shorter side has {shorter} pixels, of which the middle {size} x {size} are kept",
+    }[spec.image.fit]
+    code = "\nPlain transformers loads it with `trust_remote_code=True`; raycap runs no code of a folder.\n"
     return f"""---
-library_name: transformers
+library_name: {library}
 pipeline_tag: image-text-to-text
 tags: [image-captioning, raycap]
 ---
-A {spec.kind} image captioner trained with raycap {version("raycap")}, step {info.get("step", "unknown")}.
+A {spec.kind} image captioner {made} raycap {version("raycap")}{step}.
 
-Images are resized to {spec.image.size} x {spec.image.size} pixels. Prompt: {spec.text.prompt!r}.
-
+Images are {fit}. Prompt: {spec.text.prompt!r}.
+{code if spec.kind == "clip_gpt2" else ""}
 | metric | value |
 | --- | --- |
 {metrics}

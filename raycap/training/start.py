@@ -24,14 +24,14 @@ def build_start(config: TrainConfig) -> tuple[CheckpointSpec, CaptionModel]:
     spec, weights = import_published(config.init_from, prompt=config.prompt, max_tokens=config.max_tokens)
     if spec.image.size != config.image_size:
         raise UserError(
-            f"--image-size {config.image_size} does not fit --init-from {config.init_from!r}, whose position embeddings are for "
+            f"--image-size {config.image_size} does not fit --init-from {config.init_from!r}, which reads images of "
             f"{spec.image.size} pixels; give --image-size {spec.image.size}"
         )
     spec = replace(
         spec,
         decode=_decode(config),
         image=replace(spec.image, decode=config.decode),
-        text=replace(spec.text, clean=config.clean_captions),
+        text=replace(spec.text, clean=_clean(config, spec.text.clean)),
         model_config=_with_smoothing(spec.model_config, config),
     )
     return spec, load_model(spec, weights, config.init_from)
@@ -54,7 +54,7 @@ def _fresh_spec(config: TrainConfig) -> CheckpointSpec:
         eos_id=eos_id,
         pad_id=pad_id,
         max_tokens=config.max_tokens,
-        clean=config.clean_captions,
+        clean=_clean(config, True),
     )
     fresh = fresh_config(
         preset,
@@ -71,6 +71,10 @@ def _fresh_spec(config: TrainConfig) -> CheckpointSpec:
         image=replace(IMAGES[kind], size=config.image_size, decode=config.decode),
         decode=_decode(config),
     )
+
+
+def _clean(config: TrainConfig, auto: bool) -> bool:
+    return auto if config.clean_captions == "auto" else config.clean_captions == "on"
 
 
 def _decode(config: TrainConfig) -> DecodeSettings:

@@ -142,7 +142,7 @@ def test_clipcaps_own_file_becomes_a_checkpoint(mapper: str, folders: dict[str, 
     )
     import_weights(imported, lambda _: None)
     assert captions_of(tmp_path / "out") == captions_of(source)
-    with pytest.raises(UserError, match="holds a checkpoint already"):
+    with pytest.raises(UserError, match="is not empty"):
         import_weights(imported, lambda _: None)
 
 
@@ -190,7 +190,7 @@ def test_a_folder_from_before_safetensors_says_the_same_after_its_import(family:
     with pytest.raises(CheckpointError, match=r"or a captioner's pytorch_model.bin with jobs/import_weights.py"):
         Captioner.load(folder)
     given: Any = {"weights": str(folder / "pytorch_model.bin"), "out": str(tmp_path / "out")}
-    with pytest.raises(UserError, match=r"--image-size is for weights without a config.json"):
+    with pytest.raises(UserError, match=r"--image-size 64 is not for the weights of a folder with a config.json"):
         import_weights(ImportConfig(**given, image_size=64), lambda _: None)
     import_weights(ImportConfig(**given), lambda _: None)
     assert captions_of(tmp_path / "out") == expected
@@ -226,7 +226,7 @@ def test_a_payload_never_runs_whatever_the_file_is_called(name: str, folders: di
         ),
         ({"vision_tower": "{clip}", "text_decoder": "{gpt2}", "architecture": "vit_gpt2"}, "reads a ViT"),
         (TOWERS | {"settings": "mapper=mlp"}, "--settings 'mapper=mlp' is no JSON"),
-        (TOWERS | {"settings": "[1]"}, "is no JSON object; these weights take freeze_vision"),
+        (TOWERS | {"settings": "[1]"}, "is no JSON object; give one"),
         (TOWERS | {"settings": '{{"n_layer": 3}}'}, "names 'n_layer'; these weights take freeze_vision, freeze_text"),
         (TOWERS | {"settings": '{{"mapper": "mean"}}'}, "cannot be used: mapper is 'mean'; give one of linear_tanh"),
         (

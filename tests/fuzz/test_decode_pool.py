@@ -125,6 +125,15 @@ def test_a_child_decodes_fast_where_the_spec_says_so() -> None:
     assert (as_fast.pixels != as_exact.pixels).any()
 
 
+def test_a_child_resizes_and_crops_as_the_spec_says() -> None:
+    data = encode(photo(90, 41), "PNG")
+    whole, wider = ImageSpec(size=20, fit="crop"), ImageSpec(size=20, fit="crop", shorter_side=30, resample="bilinear")
+    with DecodePool(1) as pool:
+        results = [outcome(pool.prepare(data, spec)) for spec in (whole, wider)]
+    assert results == [in_process(data, spec) for spec in (whole, wider)]
+    assert results[0] != results[1]
+
+
 def test_results_are_in_order_whoever_calls_at_the_same_time() -> None:
     images = [encode(photo(20 + n, 30, n)) if n % 5 else b"no image" for n in range(60)]
     expected = [in_process(data, SPEC) for data in images]

@@ -15,7 +15,7 @@ import torch
 from cykooz_resizer import Resizer
 from nasty import Nasty, encode, nasty_files, photo, png
 from PIL import Image, ImageFile, ImageOps
-from transformers import BlipImageProcessorPil, CLIPImageProcessorPil, ViTImageProcessorPil
+from transformers import BitImageProcessorPil, BlipImageProcessorPil, CLIPImageProcessorPil, ViTImageProcessorPil
 
 from raycap.errors import ErrorKind, ImageError
 from raycap.image import (
@@ -353,6 +353,28 @@ def test_how_an_image_is_decoded_is_stored_and_was_exact_before_it_was() -> None
         ImageSpec.from_dict(spec.to_dict() | {"decode": "quick"})
 
 
+def test_the_shorter_side_decides_the_fraction_that_a_jpeg_is_decoded_at() -> None:
+    data = encode(soft_photo(600, 400), "JPEG", quality=90)
+    spec = ImageSpec(size=140, fit="crop", shorter_side=200, decode="fast")
+    assert (load_rgb(data, 140).height, load_rgb(data, 200).height) == (150, 200)
+    fast = prepare_bytes(data, spec).pixels.astype(int)
+    assert np.abs(fast - prepare_image(np.asarray(load_rgb(data, 200)), spec)).max() <= 2
+    assert np.abs(fast - prepare_image(np.asarray(load_rgb(data, 140)), spec)).max() > 2
+
+
+def test_a_shorter_side_is_stored_where_there_is_one_and_goes_with_a_crop() -> None:
+    spec = ImageSpec(size=224, fit="crop", shorter_side=256)
+    assert ImageSpec.from_dict(spec.to_dict()) == spec
+    without = ImageSpec(size=224, fit="crop").to_dict()
+    assert list(without) == ["size", "mean", "std", "decode", "resample", "fit"]  # as in the seals of older checkpoints
+    assert ImageSpec.from_dict(without) == ImageSpec(size=224, fit="crop")
+    for fit, side in (("squash", 256), ("crop", 223), ("crop", 449), ("crop", -1)):
+        with pytest.raises(
+            ValueError, match=f"shorter_side of an image is {side}, its size 224 .* from size to twice size"
+        ):
+            replace(spec, fit=fit, shorter_side=side)
+
+
 # ---- what is refused
 
 
@@ -600,6 +622,27 @@ def test_cropped_and_bilinear_pixels_equal_those_of_clips_and_vits_processors(wi
         fast = prepare_bytes(encode(image, "PNG"), replace(spec, decode="fast")).pixels
         for prepared, levels in ((exact, 1), (fast, 2)):
             assert (prepared.shape, prepared.flags.c_contiguous) == ((3, 64, 64), True)
+            difference = np.abs(prepared.astype(int) - np.asarray(expected).astype(int))
+            assert difference.max() <= levels
+            assert (difference > 0).mean() < 0.02
+
+
+@pytest.mark.parametrize(("shorter_side", "size"), [(256, 224), (97, 64), (64, 63), (65, 65), (126, 63)])
+@pytest.mark.parametrize(("width", "height"), [(640, 427), (427, 640), (333, 999), (257, 256), (101, 67), (64, 64)])
+def test_a_shorter_side_beyond_the_crop_gives_the_pixels_of_dinov2s_and_clips_processors(
+    width: int, height: int, shorter_side: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = photo(width, height, seed=3)
+    settings = {"size": {"shortest_edge": shorter_side}, "crop_size": {"height": size, "width": size}}
+    spec = ImageSpec(size=size, fit="crop", shorter_side=shorter_side)
+    exact = prepare_image(np.asarray(image), spec)
+    fast = prepare_bytes(encode(image, "PNG"), replace(spec, decode="fast")).pixels
+    monkeypatch.setattr("raycap.image.MAX_VECTOR_PIXELS", 0)
+    large = prepare_image(np.asarray(image), spec)
+    for processor in (BitImageProcessorPil(**settings), CLIPImageProcessorPil(**settings)):
+        expected = processor(image, do_normalize=False, do_rescale=False, return_tensors="np")["pixel_values"][0]
+        for prepared, levels in ((exact, 1), (fast, 2), (large, 0)):
+            assert (prepared.shape, prepared.flags.c_contiguous) == ((3, size, size), True)
             difference = np.abs(prepared.astype(int) - np.asarray(expected).astype(int))
             assert difference.max() <= levels
             assert (difference > 0).mean() < 0.02

@@ -9,11 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import captions_by_transformers, edit_json, png_images, tiny_checkpoint, write_published
-from transformers import BlipForConditionalGeneration
+from transformers import AutoImageProcessor, BlipForConditionalGeneration
 
 from raycap.captioner import Captioner
 from raycap.checkpoint import (
@@ -26,9 +28,11 @@ from raycap.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
+from raycap.checkpoint.layout import image_processor, read_image_spec
 from raycap.errors import CheckpointError
+from raycap.image import normalize, prepare_image
 from raycap.models.blip import TIED_NAMES
-from raycap.schema import DecodeSettings
+from raycap.schema import DecodeSettings, ImageSpec
 from raycap.text import save_tokenizer, train_wordpiece
 
 torch.set_num_threads(1)
@@ -368,9 +372,8 @@ def test_preprocessing_that_is_not_ours_is_refused_and_clips_and_vits_is_read(pu
     for theirs, ours in (({"resample": 2}, {"resample": "bilinear"}), (crop, {"fit": "crop"})):
         path.write_text(json.dumps(json.loads(whole) | theirs))
         assert open_checkpoint(str(published))[0].image == replace(expected, **ours)
-    path.write_text(json.dumps(json.loads(whole) | crop | {"crop_size": 24}))
-    with pytest.raises(CheckpointError, match="has no square size"):
-        open_checkpoint(str(published))
+    path.write_text(json.dumps(json.loads(whole) | crop | {"size": {"shortest_edge": 37}}))
+    assert open_checkpoint(str(published))[0].image == replace(expected, fit="crop", shorter_side=37)
     for other in ({"resample": 1}, {"do_normalize": False}, {"rescale_factor": 1.0}):
         path.write_text(json.dumps(json.loads(whole) | other))
         with pytest.raises(CheckpointError, match=f"preprocessor_config.json of .* asks for .*{next(iter(other))}"):
@@ -378,6 +381,110 @@ def test_preprocessing_that_is_not_ours_is_refused_and_clips_and_vits_is_read(pu
     path.write_text(json.dumps(json.loads(whole) | {"image_mean": [0.5]}))
     with pytest.raises(CheckpointError, match="are not three numbers each"):
         open_checkpoint(str(published))
+
+
+def test_a_crop_that_is_no_square_of_the_resized_image_is_refused(published: Path) -> None:
+    path = published / "preprocessor_config.json"
+    whole = json.loads(path.read_text()) | {"do_center_crop": True, "crop_size": {"height": 32, "width": 32}}
+    for wrong in (
+        {"size": {"shortest_edge": 31}},  # transformers pads it
+        {"size": {"shortest_edge": 65}},
+        {"size": {"shortest_edge": 10**9}},
+        {"size": {"shortest_edge": 0}},
+        {"size": {"shortest_edge": "37"}},
+        {"size": {"shortest_edge": 37, "longest_edge": 60}},
+        {"size": {"height": 37, "width": 37}},  # squeezed, then cropped: DeiT's
+        {"size": 37},  # for BLIP's processor the same
+        {"size": {"shortest_edge": 37}, "crop_size": {"height": 32, "width": 31}},
+        {"size": {"shortest_edge": 37}, "crop_size": None},
+        {"size": {"shortest_edge": 37}, "do_center_crop": False},
+        {"size": None},
+    ):
+        path.write_text(json.dumps(whole | wrong))
+        with pytest.raises(CheckpointError, match="has no square size, image_mean and image_std"):
+            open_checkpoint(str(published))
+
+
+DINOV2 = {  # facebook/dinov2-base
+    "crop_size": {"height": 224, "width": 224},
+    "do_center_crop": True,
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_processor_type": "BitImageProcessor",
+    "image_std": [0.229, 0.224, 0.225],
+    "resample": 3,
+    "rescale_factor": 0.00392156862745098,
+    "size": {"shortest_edge": 256},
+}
+HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+IN21K = {"do_normalize": True, "do_resize": True, **HALF, "size": 224}  # google/vit-base-patch16-224-in21k
+CLIP = {"crop_size": 224, "do_center_crop": True, "do_normalize": True, "do_resize": True, **HALF, "size": 224}
+SQUARE = {"height": 224, "width": 224}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "image", "expected"),
+    [
+        ("dinov2", DINOV2, {"fit": "crop", "shorter_side": 256}),
+        ("dinov2", HALF | {"size": 256}, {"fit": "crop", "shorter_side": 256}),
+        ("vit", IN21K, {"resample": "bilinear"}),
+        ("vit", IN21K | {"resample": 3}, {}),
+        ("vit", IN21K | {"feature_extractor_type": "ViTFeatureExtractor"}, {"resample": "bilinear"}),
+        ("vit", IN21K | {"image_processor_type": "ViTImageProcessorFast"}, {"resample": "bilinear"}),
+        ("clip", IN21K | {"image_processor_type": "ViTImageProcessor"}, {"resample": "bilinear"}),
+        ("blip", IN21K, {}),
+        ("blip", CLIP, {}),  # squeezed, and nothing to cut off
+        ("clip", CLIP | {"feature_extractor_type": "CLIPFeatureExtractor"}, {"fit": "crop"}),
+        ("clip", IN21K, {"fit": "crop"}),
+        ("clip", CLIP | {"size": 240}, {"fit": "crop", "shorter_side": 240}),
+        ("clip", CLIP | {"size": SQUARE}, {}),
+        ("siglip", HALF | {"size": SQUARE}, {}),
+    ],
+)
+def test_a_folder_is_prepared_for_as_by_the_processor_that_transformers_chooses(
+    model_type: str, image: dict[str, Any], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(image))
+    name, spec = read_image_spec(tmp_path, "x")
+    mean, std = tuple(image["image_mean"]), tuple(image["image_std"])
+    assert (name, spec) == ("preprocessor_config.json", ImageSpec(size=224, mean=mean, std=std, **expected))
+    theirs = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    assert {2: "bilinear", 3: "bicubic"}[theirs.resample] == spec.resample
+    # What we write of it is read as the same, by either.
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(image_processor(spec, model_type)))
+    assert read_image_spec(tmp_path, "x")[1] == spec
+    written = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    picture = Image.effect_noise((301, 257), 90).convert("RGB")
+    ours = normalize(torch.tensor(prepare_image(np.asarray(picture), spec)), spec)
+    for processor in (theirs, written):
+        values = torch.as_tensor(processor(picture, return_tensors="np")["pixel_values"])[0]
+        assert values.shape == ours.shape
+        assert (values - ours).abs().max() < 1.001 / 255 / min(spec.std)
+
+
+def test_a_vit_gpt2_without_a_named_processor_is_prepared_for_as_its_encoder(tmp_path: Path) -> None:
+    """transformers chooses none for such a model, but does for its encoder."""
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(IN21K))
+    for config, resample in (
+        ({"model_type": "vision-encoder-decoder", "encoder": {"model_type": "vit"}}, "bilinear"),
+        (
+            {"model_type": "vision-encoder-decoder", "encoder": {"model_type": "siglip"}},
+            None,
+        ),  # 224 for the shorter side
+        ({"model_type": "vision-encoder-decoder", "encoder": [1]}, None),
+        ({"model_type": "resnet"}, None),
+        ({"model_type": ["vit"]}, None),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        if resample:
+            assert read_image_spec(tmp_path, "x")[1].resample == resample
+        else:
+            with pytest.raises(CheckpointError, match=r"has no square size|asks for \{'resample': None\}"):
+                read_image_spec(tmp_path, "x")
 
 
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf])

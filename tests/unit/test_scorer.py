@@ -10,16 +10,18 @@ import pytest
 import torch
 from PIL import Image
 from test_blip_retrieval import retrieval_config
-from test_originals import drawn, scorer_shapes
-from tiny import edit_json, png_images
+from test_originals import VOCAB_SIZE, drawn, scorer_shapes
+from tiny import edit_json, png_images, write_bert_tokenizer
+from tokenizers import Tokenizer
 from transformers import BlipForImageTextRetrieval, BlipImageProcessorPil
 
-from raycap import Scorer
+from raycap import Captioner, Scorer
 from raycap.checkpoint.imports import import_weights
 from raycap.config import ImportConfig
 from raycap.errors import CheckpointError, UserError
 from raycap.text import TextSpec, role_ids, save_tokenizer, train_wordpiece
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is unverified:UserWarning")
 TOKENIZER = train_wordpiece(["two dogs and one red cat on the hill", "under a big blue kite"])
 TEXTS = [["two dogs", "a red cat on the hill and two dogs under the kite"], ["blue"], [], ["a", "b", "a b " * 40]]
 
@@ -50,18 +52,23 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def scores_of_transformers(
-    folder: Path, model: BlipForImageTextRetrieval, image: bytes, text: str
+    folder: Path,
+    model: BlipForImageTextRetrieval,
+    image: bytes,
+    text: str,
+    tokenizer: Tokenizer = TOKENIZER,
+    enc_id: int | None = TOKENIZER.token_to_id("[ENC]"),
 ) -> tuple[float, float]:
     """(match, cosine) of one text, as salesforce/BLIP and LAVIS compute them: [ENC] first where it is matched."""
     pixels = BlipImageProcessorPil.from_pretrained(folder)(
         Image.open(io.BytesIO(image)).convert("RGB"), return_tensors="pt"
     )
-    words = TOKENIZER.encode(text, add_special_tokens=False).ids[:33]
-    first, last, enc = (TOKENIZER.token_to_id(token) for token in ("[CLS]", "[SEP]", "[ENC]"))
+    words = tokenizer.encode(text, add_special_tokens=False).ids[:33]
+    first, last = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]"))
     ids = torch.tensor([[first, *words, last]])
     with torch.no_grad():
         cosine = model(ids, **pixels, use_itm_head=False).itm_score
-        ids[:, 0] = enc
+        ids[:, 0] = enc_id
         match = model(ids, **pixels, use_itm_head=True).itm_score.softmax(-1)[:, 1]
     return match.item(), cosine.item()
 
@@ -102,20 +109,22 @@ def test_wrong_calls_are_refused(published: tuple[Path, BlipForImageTextRetrieva
 
 def test_an_original_retrieval_checkpoint_becomes_a_folder_for_us_and_for_transformers(tmp_path: Path) -> None:
     torch.save({"model": drawn(scorer_shapes(), 3)}, tmp_path / "retrieval.pth")
-    write_tokenizer(tmp_path / "tokenizer")
+    tokenizer = write_bert_tokenizer(tmp_path / "tokenizer", VOCAB_SIZE - 2)
     given: Any = {"weights": str(tmp_path / "retrieval.pth"), "out": str(tmp_path / "out")}
     said: list[str] = []
-    with pytest.warns(UserWarning, match="pickled file"):
-        import_weights(ImportConfig(**given, tokenizer=str(tmp_path / "tokenizer")), said.append)
+    import_weights(ImportConfig(**given, tokenizer=str(tmp_path / "tokenizer")), said.append)
+    assert "is a pickled file" in said[0]
     assert "it captions nothing" in said[-1]
     model, report = BlipForImageTextRetrieval.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     image = png_images(1)[0]
-    (result,) = Scorer.load(tmp_path / "out").score([image], [["two dogs"]])
-    expected = scores_of_transformers(tmp_path / "out", model.eval(), image, "two dogs")
+    (result,) = Scorer.load(tmp_path / "out").score([image], [["a b"]])
+    expected = scores_of_transformers(tmp_path / "out", model.eval(), image, "a b", tokenizer, VOCAB_SIZE - 1)
     assert (*result.match, *result.cosine) == pytest.approx(expected, abs=1e-5)
-    with pytest.warns(UserWarning, match="pickled file"), pytest.raises(UserError, match="holds a model already"):
+    with pytest.raises(CheckpointError, match=r"captions nothing; open it with raycap\.Scorer"):
+        Captioner.load(tmp_path / "out")
+    with pytest.raises(UserError, match=r"is not empty \(it holds 'config\.json'\)"):
         import_weights(ImportConfig(**given, tokenizer=str(tmp_path / "tokenizer")), said.append)
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessorPil, BlipProcessor
 
 from raycap.checkpoint import CheckpointSpec
 from raycap.models.blip import Blip
 from raycap.schema import DecodeSettings, ImageSpec
-from raycap.text import save_tokenizer, text_spec, train_wordpiece
+from raycap.text import TextSpec, save_tokenizer, text_spec, train_wordpiece
 
 PAD_ID, EOS_ID = 0, 3
 
@@ -117,3 +117,16 @@ def captions_by_transformers(folder: Path, images: list[bytes], prompt: str, max
     generated = model.generate(**inputs, max_new_tokens=max_new_tokens, num_beams=1, do_sample=False)
     texts = processor.batch_decode(generated, skip_special_tokens=True)
     return [text.removeprefix(prompt.strip()).strip() for text in texts]
+
+
+def write_bert_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
+    """A folder of a tokenizer with the places that bert-base-uncased has for its own tokens, and letters behind them."""
+    own = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]"}
+    words = {i: f"[unused{i}]" if i < 104 else chr(ord("a") + i - 104) for i in range(vocab_size)} | own
+    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in words.items()}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    tokenizer.add_special_tokens(list(own.values()))
+    folder.mkdir()
+    spec = TextSpec(prompt="", bos_id=101, eos_id=102, pad_id=0, max_tokens=512)
+    save_tokenizer(tokenizer, spec, str(folder))
+    return tokenizer
