@@ -46,15 +46,26 @@ class BlipDecodeState(TextState[ImageState]):
 class Linear(nn.Linear):
     """torch's, with another library at work on CPUs with AVX-512: MKL, which torch calls, does without it on AMD's.
 
-    oneDNN takes half the time there (tests/bench/LOG.md), forward and backward; results differ by rounding. With AVX2 alone
-    the two are equal, and for a few rows the way to oneDNN and back costs what it saves.
+    oneDNN takes half the time there (tests/bench/LOG.md); results differ by rounding. With AVX2 alone the two are equal, and
+    for a few rows the way to oneDNN and back costs what it saves. Where a graph is recorded torch's stays: with oneDNN's
+    gradients the losses under DeepSpeed's ZeRO 2 were others.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         is_float32 = input.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
         is_large = input.ndim > 1 and input.numel() * self.out_features >= ONEDNN_FROM
-        if HAS_ONEDNN and is_float32 and is_large and input.device.type == "cpu":
-            return F.linear(input.to_mkldnn(), self.weight, self.bias).to_dense()
+        is_sharded = hasattr(
+            self.weight, "ds_id"
+        )  # by ZeRO 3, which has a function of its own in the place of F.linear
+        if (
+            HAS_ONEDNN
+            and is_float32
+            and is_large
+            and input.device.type == "cpu"
+            and not is_sharded
+            and not torch.is_grad_enabled()
+        ):
+            return torch.ops.aten.linear(input.to_mkldnn(), self.weight, self.bias).to_dense()  # type: ignore[no-any-return]
         return super().forward(input)
 
 
