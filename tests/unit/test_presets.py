@@ -22,6 +22,8 @@ def count(config: dict[str, Any], below: str = "") -> int:
         # Salesforce/blip-image-captioning-base; 247,414,076 is the same model with its tied head counted twice.
         ("blip_base_384", "", 223_971_644),
         ("blip_base_384", "vision_model.", 86_090_496),  # timm's vit_base_patch16_384 without its classifier
+        ("blip_large_384", "", 446_290_492),  # ViT-L's 24 layers of 1,024, the same decoder over wider images
+        ("vit_gpt2", "", 239_195_904),  # transformers' VisionEncoderDecoderModel of the same config
         ("clip_gpt2_mlp", "gpt.", 124_439_808),  # gpt2's card says 124 M
         ("clip_gpt2_mlp", "clip_project.", 512 * 3840 + 3840 + 3840 * 7680 + 7680),  # 31.5 M
         (
