@@ -18,12 +18,11 @@ from raycap.decoding import search
 from raycap.decoding.greedy import Decoded
 from raycap.decoding.protocol import CaptionModel
 from raycap.errors import CheckpointError, ImageError, UserError
-from raycap.image import normalize, prepare_bytes, prepare_image
+from raycap.image import EncodedImage, normalize, prepare_given
 from raycap.schema import CaptionResult, DecodeSettings
 from raycap.text import decode, prompt_ids
 
 DTYPES = ("fp32", "bf16")
-EncodedImage = bytes | bytearray | memoryview
 
 
 class Captioner:
@@ -109,11 +108,7 @@ class Captioner:
         prepared = []
         for i, image in enumerate(images):
             try:
-                if isinstance(image, np.ndarray):
-                    pixels = prepare_image(image, self.spec.image)
-                else:
-                    pixels = prepare_bytes(bytes(image), self.spec.image).pixels
-                prepared.append((i, pixels))
+                prepared.append((i, prepare_given(image, self.spec.image)))
             except ImageError as error:
                 results[i] = CaptionResult(caption=None, error_kind=error.kind.value, error=str(error))
         if prepared:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import torch
 
 Pixels = npt.NDArray[np.uint8]
+EncodedImage = bytes | bytearray | memoryview
 
 # The plugins of FORMATS, in their order. They are imported here because Image.open imports every one of Pillow for a missing one.
 PLUGINS = (
@@ -114,6 +115,11 @@ class Prepared:
     pixels: Pixels
     width: int
     height: int
+
+
+def prepare_given(image: EncodedImage | Pixels, spec: ImageSpec) -> Pixels:
+    """uint8 (3, S, S) of encoded bytes or of a uint8 RGB array. Raises ImageError."""
+    return prepare_image(image, spec) if isinstance(image, np.ndarray) else prepare_bytes(bytes(image), spec).pixels
 
 
 def prepare_bytes(data: bytes, spec: ImageSpec) -> Prepared:

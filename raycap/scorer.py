@@ -12,11 +12,10 @@ from torch import Tensor
 
 from raycap.checkpoint.retrieval import ScorerSpec, open_scorer
 from raycap.errors import ImageError
-from raycap.image import normalize, prepare_bytes, prepare_image
+from raycap.image import EncodedImage, normalize, prepare_given
 from raycap.models.blip_retrieval import BlipRetrieval
 
 MAX_TOKENS = 35  # of a text, as the published scorers were trained (salesforce/BLIP, models/blip_retrieval.py)
-EncodedImage = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +78,7 @@ class Scorer:
         places, pixels = [], []
         for place, image in enumerate(images):
             try:
-                is_array = isinstance(image, np.ndarray)
-                pixels.append(
-                    prepare_image(image, self.spec.image)  # type: ignore[arg-type]  # is_array says it
-                    if is_array
-                    else prepare_bytes(bytes(image), self.spec.image).pixels
-                )
+                pixels.append(prepare_given(image, self.spec.image))
                 places.append(place)
             except ImageError as error:
                 results[place] = Scores(error_kind=error.kind.value, error=str(error))

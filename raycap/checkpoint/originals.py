@@ -143,13 +143,16 @@ def _unpickle(path: Path, source: str) -> Any:
         raise CheckpointError(
             f"{source!r} is no pickled file by its name; give the file that torch.save wrote, such as a .pth"
         )
-    if _expansion(path) > MOST_EXPANSION:
+    entries = _zip_entries(path)
+    if entries and sum(entry.file_size for entry in entries) > MOST_EXPANSION * path.stat().st_size:
         raise CheckpointError(
             f"{source!r} is compressed to less than 1/{MOST_EXPANSION} of what it would take in memory, which no weights are; choose "
             f"another file"
         )
+    # torch does not look for compression, and would map the wrong bytes.
+    can_be_mapped = bool(entries) and all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped)
     except OSError as error:
         reason = error.strerror or str(error)
         raise CheckpointError(
@@ -167,22 +170,13 @@ def _unpickle(path: Path, source: str) -> Any:
         ) from error
 
 
-def _expansion(path: Path) -> float:
-    """How much larger the contents of a zip file are than the file; 1 for any other file."""
+def _zip_entries(path: Path) -> list[zipfile.ZipInfo]:
+    """What a whole zip file holds; nothing for any other file: older than torch 1.6, or damaged, and torch.load says which."""
     try:
         with zipfile.ZipFile(path) as file:
-            return sum(entry.file_size for entry in file.infolist()) / path.stat().st_size
+            return file.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return 1  # torch.load says what it is
-
-
-def _can_be_mapped(path: Path) -> bool:
-    """Whether it is a whole zip file without compression, which torch does not look for: it would map the wrong bytes."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            return all(entry.compress_type == zipfile.ZIP_STORED for entry in file.infolist())
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return False  # older than torch 1.6, or damaged: torch.load says which
+        return []
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -10,7 +10,7 @@ from raycap.checkpoint.folder import local_copy, read_json, sha256_of_file, sha2
 from raycap.checkpoint.layout import complete_config, read_decode_settings, read_image_spec, read_text_spec, with_pooler
 from raycap.checkpoint.sealed import SEAL, load_checkpoint
 from raycap.checkpoint.spec import CheckpointSpec, check_spec
-from raycap.checkpoint.weights import INDEX, Weights, read_and_hash, weight_files
+from raycap.checkpoint.weights import INDEX, Weights, has_safetensors, read_and_hash, weight_files
 from raycap.errors import CheckpointError
 from raycap.text import load_tokenizer
 
@@ -56,7 +56,7 @@ def local_folder(source: str, *, pickled: bool = False) -> Path:
     if path.exists():
         return path.absolute()
     folder = Path(_download_from_hub(source, "*.safetensors"))
-    if pickled and not any(folder.glob("*.safetensors")):
+    if pickled and not has_safetensors(folder):
         _download_from_hub(source, "pytorch_model.bin")
     return folder
 

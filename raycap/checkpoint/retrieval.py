@@ -1,17 +1,15 @@
 """The folder of BLIP's scorer in the layout of transformers' BlipForImageTextRetrieval: open it, write it. It has no seal."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from raycap.checkpoint.folder import in_short, local_copy, new_folder, read_json, shown, write_json
 from raycap.checkpoint.layout import SCORER, complete_config, image_processor, read_image_spec, read_text_spec
 from raycap.checkpoint.published import local_folder
-from raycap.checkpoint.weights import WHOLE, Weights, read_weights, weight_files
+from raycap.checkpoint.weights import Weights, read_weights, weight_files, write_weights
 from raycap.errors import CheckpointError
 from raycap.models.blip_retrieval import BlipRetrieval
 from raycap.schema import ImageSpec
@@ -102,14 +100,7 @@ def load_scorer(spec: ScorerSpec, weights: Weights, source: str) -> BlipRetrieva
 def save_scorer(root: str, spec: ScorerSpec, weights: Weights) -> None:
     """A folder that open_scorer and plain transformers read; it appears whole. Raises StorageError."""
     with new_folder(root, last="config.json") as folder:
-        write_folder(folder, spec, weights)
-
-
-def write_folder(folder: Path, spec: ScorerSpec, weights: Weights) -> None:
-    save_file(
-        {name: tensor.contiguous() for name, tensor in weights.items()}, folder / WHOLE, metadata={"format": "pt"}
-    )
-    (folder / WHOLE).chmod(0o644)  # the library writes 0600, which locks out others on shared storage
-    save_tokenizer(spec.tokenizer, read_text_spec(spec.model_config, str(folder)), str(folder))
-    write_json(folder / "preprocessor_config.json", image_processor(spec.image, "blip"))
-    write_json(folder / "config.json", spec.model_config | {"architectures": [SCORER]})
+        write_weights(folder, weights)
+        save_tokenizer(spec.tokenizer, read_text_spec(spec.model_config, root), str(folder))
+        write_json(folder / "preprocessor_config.json", image_processor(spec.image, "blip"))
+        write_json(folder / "config.json", spec.model_config | {"architectures": [SCORER]})

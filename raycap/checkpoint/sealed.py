@@ -7,13 +7,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from raycap.checkpoint.folder import local_copy, new_folder, read_json, sha256_of_file, sha256_of_json, write_json
 from raycap.checkpoint.layout import code_files, hugging_face_files
 from raycap.checkpoint.spec import CheckpointSpec, check_spec
-from raycap.checkpoint.weights import WHOLE, Weights, read_file
+from raycap.checkpoint.weights import Weights, read_file, write_weights
 from raycap.errors import CheckpointError
 from raycap.schema import DecodeSettings, ImageSpec
 from raycap.text import TextSpec, load_tokenizer, save_tokenizer
@@ -29,8 +28,7 @@ def save_checkpoint(root: str, weights: Weights, spec: CheckpointSpec, info: Map
     Raises StorageError.
     """
     with new_folder(root, last=SEAL) as folder:
-        save_file({k: v.contiguous() for k, v in weights.items()}, folder / WHOLE, metadata={"format": "pt"})
-        (folder / WHOLE).chmod(0o644)  # the library writes 0600, which locks out others on shared storage
+        write_weights(folder, weights)
         save_tokenizer(spec.tokenizer, spec.text, str(folder))
         for name, content in hugging_face_files(spec).items():
             write_json(folder / name, content)

@@ -13,7 +13,7 @@ from raycap.checkpoint.folder import in_short, read_json, shown
 from raycap.checkpoint.layout import read_image_spec
 from raycap.checkpoint.originals import PICKLED, read_pickled, resized_positions
 from raycap.checkpoint.published import local_folder
-from raycap.checkpoint.weights import WHOLE, weight_files
+from raycap.checkpoint.weights import has_safetensors, weight_files
 from raycap.errors import CheckpointError, UserError
 from raycap.schema import ImageSpec
 
@@ -81,7 +81,7 @@ def _load(kind: Any, folder: Path, source: str) -> Any:
     options = {"dtype": torch.float32, "output_loading_info": True}
     try:
         with _quiet():
-            if (folder / PICKLED).exists() and not (folder / WHOLE).exists():
+            if (folder / PICKLED).exists() and not has_safetensors(folder):
                 config = kind.config_class.from_pretrained(folder)
                 model, report = kind.from_pretrained(
                     None, config=config, state_dict=read_pickled(folder / PICKLED), **options

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
@@ -45,6 +46,18 @@ DTYPES = {  # the format's names
 }
 
 
+def write_weights(folder: Path, weights: Weights) -> None:
+    """model.safetensors, which everybody may read. Raises OSError, SafetensorError."""
+    save_file(
+        {name: tensor.contiguous() for name, tensor in weights.items()}, folder / WHOLE, metadata={"format": "pt"}
+    )
+    (folder / WHOLE).chmod(0o644)  # the library writes 0600, which locks out others on shared storage
+
+
+def has_safetensors(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (WHOLE, INDEX))
+
+
 def weight_files(folder: Path, source: str) -> tuple[list[str], dict[str, str]]:
     """Names of the safetensors files of a folder in Hugging Face's layout, and which tensor the index says is in which.
 
@@ -52,7 +65,7 @@ def weight_files(folder: Path, source: str) -> tuple[list[str], dict[str, str]]:
     """
     if (folder / WHOLE).exists():
         return [WHOLE], {}
-    if not (folder / INDEX).exists():
+    if not has_safetensors(folder):
         raise CheckpointError(
             f"{source!r} holds no {WHOLE} and no {INDEX}; raycap loads no pickled weights: convert them with "
             f"transformers' save_pretrained, or a captioner's pytorch_model.bin with jobs/import_weights.py"

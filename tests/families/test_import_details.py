@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_imports_of_weights import SIZE, TOWERS, captions_of, folders
 from test_originals import VOCAB_SIZE, captioner_state
 from tiny import write_bert_tokenizer
@@ -16,6 +17,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
     Dinov2Config,
     Dinov2Model,
+    GPT2LMHeadModel,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -113,13 +115,23 @@ def test_towers_from_before_safetensors_give_the_same_captioner(folders: dict[st
     old = {}
     for flag, name in (("vision_tower", "clip"), ("text_decoder", "gpt2")):
         old[flag] = str(shutil.copytree(folders[name], tmp_path / name))
-        from safetensors.torch import load_file
-
         torch.save(load_file(Path(old[flag]) / "model.safetensors"), Path(old[flag]) / "pytorch_model.bin")
         (Path(old[flag]) / "model.safetensors").unlink()
     with pytest.warns(UserWarning, match="is a pickled file"):
         import_weights(ImportConfig(**old, out=str(tmp_path / "out")), lambda _: None)
     assert captions_of(tmp_path / "out") == captions_of(tmp_path / "new")
+
+
+def test_a_pickle_beside_safetensors_in_several_files_is_not_opened(folders: dict[str, Path], tmp_path: Path) -> None:
+    import_weights(ImportConfig(**towers(folders), out=str(tmp_path / "whole")), lambda _: None)
+    sharded = tmp_path / "sharded"
+    shutil.copytree(folders["gpt2"], sharded, ignore=shutil.ignore_patterns("*.safetensors"))
+    GPT2LMHeadModel.from_pretrained(folders["gpt2"]).save_pretrained(sharded, max_shard_size="100KB")
+    assert (sharded / "model.safetensors.index.json").exists()
+    (sharded / "pytorch_model.bin").write_bytes(b"no weights")
+    given = towers(folders, text_decoder=str(sharded))
+    import_weights(ImportConfig(**given, out=str(tmp_path / "out")), lambda _: None)
+    assert captions_of(tmp_path / "out") == captions_of(tmp_path / "whole")
 
 
 def clipcap_file(folders: dict[str, Path], tmp_path: Path) -> Path:
@@ -167,8 +179,6 @@ def test_clipcaps_captions_end_with_a_full_stop_everywhere(folders: dict[str, Pa
 def test_what_would_not_work_later_is_refused_now(
     flags: dict[str, Any], sentence: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    from safetensors.torch import load_file, save_file
-
     others = {name: tmp_path / name for name in ("bare", "broken", "words")}
     shutil.copytree(folders["clip"], others["bare"])
     (others["bare"] / "preprocessor_config.json").unlink()

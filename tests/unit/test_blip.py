@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from model_checks import empty_parameters_outside_their_module, gradients, largest_relative_difference
 from safetensors.torch import load_file
 from tiny import EOS_ID, PAD_ID, tiny_blip_config, tiny_blip_pair
 from tiny_gpt2 import set_by_formula
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import BlipForConditionalGeneration
 
 from raycap.models import build_model
@@ -33,19 +34,6 @@ def captions(rows: int, seed: int = 2) -> tuple[Tensor, Tensor]:
         input_ids[row, : len(text)] = text
         labels[row, 3 : len(text)] = text[3:]
     return input_ids, labels
-
-
-def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def largest_relative_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """Of any entry, relative to the largest of all tensors: the gradient of a key's bias is 0 and rounding noise."""
-    assert ours.keys() == theirs.keys()
-    scale = max(g.abs().max() for g in theirs.values())
-    return max(float((ours[name] - theirs[name]).abs().max() / scale) for name in theirs)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
@@ -285,7 +273,6 @@ def test_a_loss_after_decoding_from_the_same_image_state_has_all_its_gradients()
 
 
 def test_parameters_are_used_only_inside_the_module_that_owns_them() -> None:
-    # As ZeRO-3 does: a module's own parameters hold their values from its pre-forward hook to its forward hook only.
     ours, _ = tiny_blip_pair()
     pixel_values, (input_ids, labels) = images(2), captions(4)
 
@@ -295,28 +282,7 @@ def test_parameters_are_used_only_inside_the_module_that_owns_them() -> None:
         return [ours(pixel_values, input_ids, labels)[0], ours.step(state, torch.tensor([8, 8]))]
 
     expected = run()
-    weights = {parameter: parameter.detach().clone() for parameter in ours.parameters()}
-    in_use = dict.fromkeys(weights, 0)
-
-    @torch.no_grad()
-    def gather(module: nn.Module, _inputs: object) -> None:
-        for parameter in module.parameters(recurse=False):
-            in_use[parameter] += 1
-            parameter.copy_(weights[parameter])
-
-    @torch.no_grad()
-    def release(module: nn.Module, _inputs: object, _output: object) -> None:
-        for parameter in module.parameters(recurse=False):
-            in_use[parameter] -= 1
-            if not in_use[parameter]:
-                parameter.fill_(torch.nan)
-
-    for module in ours.modules():
-        module.register_forward_pre_hook(gather)
-        module.register_forward_hook(release)
-    with torch.no_grad():
-        for parameter in weights:
-            parameter.fill_(torch.nan)
+    empty_parameters_outside_their_module(ours)
     for result, value in zip(run(), expected, strict=True):
         assert torch.equal(result, value)
 

@@ -333,7 +333,7 @@ def out_of_space(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("function", ["save_file", "save_tokenizer", "write_json", "sha256_of_file"])
+@pytest.mark.parametrize("function", ["write_weights", "save_tokenizer", "write_json", "sha256_of_file"])
 def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_else(
     saved: Path, function: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

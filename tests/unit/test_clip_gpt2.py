@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from model_checks import empty_parameters_outside_their_module, gradients, largest_relative_difference
 from tiny_clip_gpt2 import BOS_ID, EOS_ID, FEATURES, captions, images, tiny_clip_gpt2, tiny_config
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, GPT2Config, GPT2LMHeadModel
@@ -92,19 +93,6 @@ class ClipCap:
 
 def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-
-
-def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def largest_relative_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """Of any entry, relative to the largest of all tensors: the gradient of a key's bias is 0 and rounding noise."""
-    assert ours.keys() == theirs.keys()
-    scale = max(g.abs().max() for g in theirs.values())
-    return max(float((ours[name] - theirs[name]).abs().max() / scale) for name in theirs)
 
 
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "same length"])
@@ -510,7 +498,6 @@ def test_the_output_layer_is_tied_to_the_token_embeddings() -> None:
 
 @pytest.mark.parametrize("tower", ["clip_vision_model", "vit", "dinov2"])  # SigLIP's pooling is torch's own attention
 def test_parameters_are_used_only_inside_the_module_that_owns_them(tower: str) -> None:
-    # As ZeRO-3 does: a module's own parameters hold their values from its pre-forward hook to its forward hook only.
     ours = tiny_clip_gpt2("transformer", tower)
     pixel_values, (input_ids, labels) = images(2), captions(4)
 
@@ -520,28 +507,7 @@ def test_parameters_are_used_only_inside_the_module_that_owns_them(tower: str) -
         return [ours(pixel_values, input_ids, labels)[0], ours.step(state, torch.tensor([8, 8]))]
 
     expected = run()
-    weights = {parameter: parameter.detach().clone() for parameter in ours.parameters()}
-    in_use = dict.fromkeys(weights, 0)
-
-    @torch.no_grad()
-    def gather(module: nn.Module, _inputs: object) -> None:
-        for parameter in module.parameters(recurse=False):
-            in_use[parameter] += 1
-            parameter.copy_(weights[parameter])
-
-    @torch.no_grad()
-    def release(module: nn.Module, _inputs: object, _output: object) -> None:
-        for parameter in module.parameters(recurse=False):
-            in_use[parameter] -= 1
-            if not in_use[parameter]:
-                parameter.fill_(torch.nan)
-
-    for module in ours.modules():
-        module.register_forward_pre_hook(gather)
-        module.register_forward_hook(release)
-    with torch.no_grad():
-        for parameter in weights:
-            parameter.fill_(torch.nan)
+    empty_parameters_outside_their_module(ours)
     for result, value in zip(run(), expected, strict=True):
         assert torch.equal(result, value)
 

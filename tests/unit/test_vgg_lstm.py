@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from model_checks import gradients, largest_relative_difference
 from torch import Tensor, nn
 
 from raycap.decoding import search
@@ -63,19 +64,6 @@ def captions(rows: int, *, padded: bool = True, seed: int = 2) -> tuple[Tensor, 
         input_ids[row, : len(text)] = text
         labels[row, 1 : len(text)] = text[1:]
     return input_ids, labels
-
-
-def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def largest_relative_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """Of any entry, relative to the largest of all tensors: of a convolution's bias most cancels in the sum."""
-    assert ours.keys() == theirs.keys()
-    scale = max(g.abs().max() for g in theirs.values())
-    return max(float((ours[name] - theirs[name]).abs().max() / scale) for name in theirs)
 
 
 # The published networks, restated. w: a state dict, or the parameters by name.

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from model_checks import empty_parameters_outside_their_module, gradients, largest_relative_difference
 from safetensors.torch import load_file, save_file
 from tiny_gpt2 import (
     BOS_ID,
@@ -10,9 +11,6 @@ from tiny_gpt2 import (
     VOCAB_SIZE,
     assert_drawn_alike,
     captions,
-    empty_parameters_outside_their_module,
-    gradients,
-    largest_relative_difference,
     lengths_mask,
     set_by_formula,
     tiny_vit_gpt2_config,
