@@ -177,7 +177,10 @@ def _drop_unlisted_states(root: str) -> None:
     names = storage.list_files(root) if storage.is_url(root) or Path(root).exists() else []
     known: set[str] = set()
     if SNAPSHOT in names:
-        snapshot = json.loads(storage.read_bytes(storage.join(root, SNAPSHOT)))
+        try:
+            snapshot = json.loads(storage.read_bytes(storage.join(root, SNAPSHOT)))
+        except ValueError:  # Ray writes it in place, so a kill can cut it short; Ray says so when it reads it
+            return
         known = {result["checkpoint_dir_name"] for result in snapshot["checkpoint_results"]}
     for folder in sorted({name.partition("/")[0] for name in names if name.startswith("checkpoint_") and "/" in name}):
         if folder not in known:
