@@ -102,10 +102,15 @@ def _generation(spec: CheckpointSpec) -> dict[str, Any]:
     return generation
 
 
+def is_scorer(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of BLIP's scorer, which is told from the captioner by its class alone."""
+    return config.get("architectures") == [SCORER]
+
+
 def complete_config(config: Mapping[str, Any], source: str, *, scorer: bool = False) -> dict[str, Any]:
     """A published config.json with the defaults that older exports leave out. Raises CheckpointError."""
     kind = config.get("model_type")
-    if SCORER in (config.get("architectures") or ()) and not scorer:
+    if is_scorer(config) and not scorer:
         raise CheckpointError(
             f"{source!r} is a scorer of images and texts, which captions nothing; open it with raycap.Scorer"
         )

@@ -6,8 +6,16 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
+from raycap import storage
 from raycap.checkpoint.folder import in_short, local_copy, new_folder, read_json, shown, write_json
-from raycap.checkpoint.layout import SCORER, complete_config, image_processor, read_image_spec, read_text_spec
+from raycap.checkpoint.layout import (
+    SCORER,
+    complete_config,
+    image_processor,
+    is_scorer,
+    read_image_spec,
+    read_text_spec,
+)
 from raycap.checkpoint.published import local_folder
 from raycap.checkpoint.weights import Weights, read_weights, weight_files, write_weights
 from raycap.errors import CheckpointError
@@ -58,9 +66,9 @@ def scorer_spec(model_config: dict[str, Any], tokenizer: Tokenizer, image: Image
 
 def open_scorer(source: str) -> tuple[ScorerSpec, BlipRetrieval]:
     """The scorer of a folder or hub name, on the CPU, in float32 and eval mode. Raises CheckpointError, StorageError."""
-    with local_copy(str(local_folder(source)) if "://" not in source else source) as folder:
+    with local_copy(source if storage.is_url(source) else str(local_folder(source))) as folder:
         config = read_json(folder / "config.json", source)
-        if SCORER not in (config.get("architectures") or ()):
+        if not is_scorer(config):
             raise CheckpointError(
                 f"{source!r} is of {shown(config.get('architectures'))}; a scorer is a {SCORER}, such as "
                 f"Salesforce/blip-itm-base-coco"
