@@ -408,10 +408,12 @@ class EvaluateConfig:
     """Checkpoint + split -> scores, captions, report.html. Without flags: the demo's checkpoint on its test split."""
 
     ROOTS: ClassVar = ("shards", "out")
-    SOURCES: ClassVar = ("checkpoint",)
+    SOURCES: ClassVar = ("checkpoint", "scorer")
 
     checkpoint: str = ""
     """Checkpoint folder, local or s3://, or a hub name in Hugging Face's layout. Empty: checkpoint/ of the demo."""
+    scorer: str = ""
+    """Folder or hub name of BLIP's scorer, as Salesforce/blip-itm-base-coco: it picks among beams or draws."""
     shards: str = ""
     """Shards of the split: as jobs/prepare_shards.py writes them, or img2dataset's output as it is. Empty: the demo's test split."""
     out: str = default_root("demo")
@@ -425,7 +427,10 @@ class EvaluateConfig:
     num_beams: int = 0
     """Beams of the search; 1 is greedy, 0 the checkpoint's own number."""
     max_new_tokens: int = 0
-    """Longest caption in tokens, end token included."""
+    """Longest caption in tokens, end token included; 0 is the checkpoint's own."""
+    decode_settings: str = ""
+    """JSON object of other settings: {"repetition_penalty": 1.2, "do_sample": true, "top_p": 0.9, "banned_words": ["photo"]},
+    or {"num_beams": 5, "required_words": ["dog"]}."""
 
     # Cluster
     micro_batch_size: int = 64
@@ -447,10 +452,12 @@ class CaptionBucketConfig:
     """Checkpoint + folder or bucket of images -> one caption row per image. Run again to resume. Without flags: the demo."""
 
     ROOTS: ClassVar = ("images", "out")
-    SOURCES: ClassVar = ("checkpoint",)  # a folder, or else a hub name
+    SOURCES: ClassVar = ("checkpoint", "scorer")  # a folder, or else a hub name
 
     checkpoint: str = ""
     """Checkpoint folder, local or s3://, or a hub name in Hugging Face's layout. Empty: checkpoint/ of the demo."""
+    scorer: str = ""
+    """Folder or hub name of BLIP's scorer, as Salesforce/blip-itm-base-coco: it picks among beams or draws."""
     images: str = ""
     """Folder or s3:// root; every image below it gets one row. Empty: the demo's bucket."""
     out: str = default_root("demo/captions")
@@ -470,7 +477,10 @@ class CaptionBucketConfig:
     max_new_tokens: int = 0
     """Longest caption in tokens, end token included; 0 is the checkpoint's own."""
     num_candidates: int = 0
-    """Best beams to write as candidates with their scores; 0 writes none."""
+    """Best beams, or draws, to write as candidates with their scores; 0 writes none."""
+    decode_settings: str = ""
+    """JSON object of other settings: {"repetition_penalty": 1.2, "do_sample": true, "top_p": 0.9, "banned_words": ["photo"]},
+    or {"num_beams": 5, "required_words": ["dog"]}."""
 
     # Cluster
     micro_batch_size: int = 32
@@ -501,10 +511,12 @@ class ServeConfig:
     """Checkpoint -> HTTP endpoint: POST an image to /v1/caption. Without flags: the demo's checkpoint on loopback."""
 
     ROOTS: ClassVar = ()
-    SOURCES: ClassVar = ("checkpoint",)
+    SOURCES: ClassVar = ("checkpoint", "scorer")
 
     checkpoint: str = ""
     """Checkpoint folder, local or s3://, or a hub name in Hugging Face's layout. Empty: checkpoint/ of the demo."""
+    scorer: str = ""
+    """Folder or hub name of BLIP's scorer, as Salesforce/blip-itm-base-coco: it picks among beams or draws."""
     host: str = "127.0.0.1"
     """Address to listen on. Any but loopback needs a bearer token in the environment variable RAYCAP_TOKEN."""
     port: int = 8000
@@ -518,7 +530,10 @@ class ServeConfig:
     max_new_tokens: int = 0
     """Longest caption in tokens, end token included; 0 is the checkpoint's own."""
     num_candidates: int = 0
-    """Best beams to answer as candidates with their scores; 0 answers none."""
+    """Best beams, or draws, to answer as candidates with their scores; 0 answers none."""
+    decode_settings: str = ""
+    """JSON object of other settings: {"repetition_penalty": 1.2, "do_sample": true, "top_p": 0.9, "banned_words": ["photo"]},
+    or {"num_beams": 5, "required_words": ["dog"]}."""
 
     # Limits
     max_body_bytes: int = 20 * 2**20

@@ -25,6 +25,8 @@ class ErrorKind(StrEnum):
     DECODER_CRASH = "decoder_crash"  # the child process that decoded it died
     DECODER_TIMEOUT = "decoder_timeout"
     DECODER_MEMORY = "decoder_memory"
+    NOT_FINITE = "not_finite"  # the model's probabilities for it are infinite or NaN
+    NO_SUCH_CAPTION = "no_such_caption"  # the search found none that holds the required words
 
 
 class SampleErrorKind(StrEnum):

@@ -129,6 +129,57 @@ def prompt_ids(tokenizer: Tokenizer, spec: TextSpec) -> list[int]:
     return [spec.bos_id, *_encode(tokenizer, spec.prompt)]
 
 
+def banned_ids(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """The token ids of each word, at the start of a text and behind a space. Raises ValueError for one it cannot spell."""
+    found: dict[tuple[int, ...], None] = {}
+    unknown = tokenizer.token_to_id(UNK)
+    for word in words:
+        for spelled in (word.strip(), f" {word.strip()}"):
+            ids = tuple(_encode(tokenizer, spelled))
+            if not ids or unknown in ids:
+                raise ValueError(f"the tokenizer cannot spell the banned word {word!r}; leave it out")
+            found[ids] = None
+    return tuple(found)
+
+
+def required_ids(
+    tokenizer: Tokenizer, words: Sequence[str], banned: tuple[tuple[int, ...], ...] = ()
+) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Of each word its token ids at the start of a text, if they are others and none is banned, and those behind a space.
+
+    Raises ValueError for a word that the tokenizer cannot spell or writes in another way, and for one that holds a banned one.
+    """
+    found: dict[tuple[tuple[int, ...], ...], None] = {}
+    unknown = tokenizer.token_to_id(UNK)
+    for word in dict.fromkeys(word.strip() for word in words):
+        spellings = list(dict.fromkeys(tuple(_encode(tokenizer, spelled)) for spelled in (word, f" {word}")))
+        for ids in spellings:
+            written = decode(tokenizer, ids)
+            if not written or unknown in ids or goes_on(tokenizer, spellings[-1][0]):
+                raise ValueError(f"the tokenizer cannot spell the required word {word!r}; leave it out")
+            if written != word:
+                raise ValueError(f"the tokenizer writes the required word {word!r} as {written!r}; give it so")
+        allowed = [ids for ids in spellings if not any(_holds(ids, others) for others in banned)]
+        if spellings[-1] not in allowed:
+            raise ValueError(f"the required word {word!r} holds a banned one; give one of them")
+        found[tuple(allowed)] = None
+    return tuple(found)
+
+
+def _holds(ids: tuple[int, ...], part: tuple[int, ...]) -> bool:
+    return any(ids[first : first + len(part)] == part for first in range(len(ids)))
+
+
+def goes_on(tokenizer: Tokenizer, token_id: int) -> bool:
+    """Whether a token goes on with the word in front of it: with a letter or digit and no space between, or as nothing that
+    is seen.
+    """
+    text: str = tokenizer.decode([token_id], skip_special_tokens=True)
+    if isinstance(tokenizer.model, models.WordPiece):
+        return not text or text.startswith("##")
+    return not text or text[0].isalnum() or text[0] == "\N{REPLACEMENT CHARACTER}"  # part of a character
+
+
 def tokenize(tokenizer: Tokenizer, spec: TextSpec, captions: Sequence[str]) -> list[list[int]]:
     """One row a caption, prepared as the spec says: [DEC] prompt caption [SEP].
 

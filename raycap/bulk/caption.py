@@ -1,6 +1,6 @@
 """Checkpoint + folder or bucket of images -> one caption row per image. Run again to resume. The life of a run:
 
-1. open the checkpoint, list the images once; what cannot work is refused before anything is written
+1. open checkpoint and scorer, list the images once; what cannot work is refused before anything is written
 2. claim the output with job.json; a run with another checkpoint or other settings is refused
 3. create manifest.parquet, or take the one that is there: all runs share the first listing
 4. Ray Data makes the units that are missing, each created once under a name that follows from the plan
@@ -9,7 +9,6 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any, Literal
 
 from raycap import cluster, storage, units
@@ -22,6 +21,7 @@ from raycap.checkpoint import SEAL, CheckpointSpec, open_spec
 from raycap.config import CaptionBucketConfig, compute_dtype, default_root
 from raycap.data.demo import LAST_OF_BUCKET, demo_bucket, given_or_demo
 from raycap.errors import CheckpointError, StorageError, UserError
+from raycap.scorer import chosen_by, scorer_fingerprint
 from raycap.storage import Entry
 
 Report = Callable[[str], None]
@@ -38,39 +38,52 @@ def caption_bucket(config: CaptionBucketConfig) -> dict[str, Any]:
     plan.check_roots(images, config.out)
     spec = open_spec(checkpoint, prompt=config.prompt)
     plan.decode_settings(config, spec)
-    begun = _check_begun(config, images, spec)
+    scorer = scorer_fingerprint(config.scorer, spec.image, checkpoint)
+    begun = _check_begun(config, images, spec, scorer)
     if begun and storage.exists(storage.join(config.out, plan.SUCCESS)):
         return _finished(config.out, images, report)
     entries, others = plan.list_images(images, config.out, plan.suffixes_of(config))
     if others:
         report(f"other files below {images}, which get no row: {plan.describe_counts(others)}")
     device, dtype = _connect(config, images)
-    job = plan.make_job(config, images, spec, dtype)
+    job = plan.make_job(config, images, spec, dtype, scorer)
     if not begun:
         plan.check_readable(images, entries)
-    units.claim(storage.join(config.out, plan.PLAN), plan.make_plan(config, images, spec, dtype))
-    load = functools.partial(load_captioner, checkpoint, spec.fingerprint, device, dtype, config.prompt)
+    units.claim(storage.join(config.out, plan.PLAN), plan.make_plan(config, images, spec, dtype, scorer))
+    load = functools.partial(
+        load_captioner, checkpoint, spec.fingerprint, device, dtype, config.prompt, config.scorer, scorer
+    )
     report(
         f"captioning {images} with {checkpoint}{'' if spec.verified else ' (unverified: no raycap.json vouches for it)'} on "
-        f"{device} in {dtype}, {_describe(asdict(job.settings))}"
+        f"{device} in {dtype}, {job.settings}{f', {chosen_by(config.scorer)}' if scorer else ''}"
     )
     return _make(config, job, entries, load, device, report)
 
 
 def load_captioner(
-    source: str, fingerprint: str, device: str, dtype: Literal["fp32", "bf16"], prompt: str
+    source: str,
+    fingerprint: str,
+    device: str,
+    dtype: Literal["fp32", "bf16"],
+    prompt: str,
+    scorer: str = "",
+    fingerprint_of_scorer: str = "",
 ) -> Captioner:
-    """The captioner in its process. Raises CheckpointError if the checkpoint is not the one the run began with."""
+    """The captioner in its process. Raises CheckpointError if checkpoint or scorer is not the one the run began with."""
     import torch
 
     if device == "cpu":
         torch.set_num_threads(1)  # one Ray CPU each
-    captioner = Captioner.load(source, device=device, dtype=dtype, prompt=prompt)
-    if captioner.spec.fingerprint != fingerprint:
-        raise CheckpointError(
-            f"checkpoint {source!r} was replaced while it was used: its fingerprint is {captioner.spec.fingerprint!r}, not "
-            f"{fingerprint!r}; bring it back or choose another --out"
-        )
+    captioner = Captioner.load(source, device=device, dtype=dtype, prompt=prompt, scorer=scorer)
+    used = [("checkpoint", source, captioner.fingerprint, fingerprint)]
+    if captioner.scorer is not None:
+        used.append(("scorer", scorer, captioner.scorer.fingerprint, fingerprint_of_scorer))
+    for what, place, found, begun in used:
+        if found != begun:
+            raise CheckpointError(
+                f"{what} {place!r} was replaced while it was used: its fingerprint is {found!r}, not {begun!r}; bring it back or "
+                f"choose another --out"
+            )
     return captioner
 
 
@@ -121,7 +134,7 @@ def _inputs(config: CaptionBucketConfig) -> tuple[str, str]:
     )
 
 
-def _check_begun(config: CaptionBucketConfig, images: str, spec: CheckpointSpec) -> bool:
+def _check_begun(config: CaptionBucketConfig, images: str, spec: CheckpointSpec, scorer: str) -> bool:
     """Whether out was begun, by the same plan. Raises StorageError if by another; before Ray is started."""
     url = storage.join(config.out, plan.PLAN)
     if not storage.exists(url):
@@ -132,7 +145,7 @@ def _check_begun(config: CaptionBucketConfig, images: str, spec: CheckpointSpec)
         return False
     # What auto stands for is known when the cluster is; until then it is what the output was begun with.
     dtype = str(plan.read_plan(config.out).get("dtype")) if config.dtype == "auto" else config.dtype
-    units.claim(url, plan.make_plan(config, images, spec, dtype))
+    units.claim(url, plan.make_plan(config, images, spec, dtype, scorer))
     return True
 
 
@@ -158,7 +171,3 @@ def _connect(config: CaptionBucketConfig, images: str) -> tuple[str, Literal["fp
         )
     on_gpu = cluster.use_gpus(config.device, config.concurrency, "--concurrency", config.num_gpus)
     return "cuda" if on_gpu else "cpu", compute_dtype(config.dtype, on_gpu)
-
-
-def _describe(values: dict[str, Any]) -> str:
-    return " ".join(f"{name}={value}" for name, value in values.items())

@@ -57,13 +57,16 @@ class Job:
         return storage.join(self.out, self.unit_name(unit))
 
 
-def make_plan(config: CaptionBucketConfig, images: str, spec: CheckpointSpec, dtype: str) -> dict[str, Any]:
-    """The values that decide which rows an output holds and what is in them, flat, for units.claim.
+def make_plan(
+    config: CaptionBucketConfig, images: str, spec: CheckpointSpec, dtype: str, scorer: str = ""
+) -> dict[str, Any]:
+    """The values that decide which rows an output holds and what is in them, flat, for units.claim. scorer: its fingerprint.
 
-    Not in it: what changes only the speed (concurrency, micro batches, device), and the checkpoint's place, which its
-    fingerprint replaces. dtype is in it: bf16 may choose another word.
+    Not in it: what changes only the speed (concurrency, micro batches, device), and the places of checkpoint and scorer, which
+    their fingerprints replace. dtype is in it: bf16 may choose another word. Without a scorer there is no word of one, as before
+    there were any.
     """
-    decode = asdict(decode_settings(config, spec))
+    decode = json.loads(json.dumps(asdict(decode_settings(config, spec))))  # as it is read back: JSON has lists
     return {
         "format_version": FORMAT_VERSION,
         "images": images,
@@ -74,14 +77,16 @@ def make_plan(config: CaptionBucketConfig, images: str, spec: CheckpointSpec, dt
         "verified": spec.verified,
         "prompt": spec.text.prompt,
         "dtype": dtype,
+        **({"scorer": scorer} if scorer else {}),
         **decode,
     }
 
 
-def make_job(config: CaptionBucketConfig, images: str, spec: CheckpointSpec, dtype: str) -> Job:
+def make_job(config: CaptionBucketConfig, images: str, spec: CheckpointSpec, dtype: str, scorer: str = "") -> Job:
     """The job of a plan."""
     settings = decode_settings(config, spec)
-    said = json.dumps({**asdict(settings), "prompt": spec.text.prompt, "dtype": dtype}, sort_keys=True)
+    values = {**asdict(settings), "prompt": spec.text.prompt, "dtype": dtype}
+    said = json.dumps(values | ({"scorer": scorer} if scorer else {}), sort_keys=True)
     return Job(
         images=images,
         out=config.out,
@@ -98,10 +103,16 @@ def make_job(config: CaptionBucketConfig, images: str, spec: CheckpointSpec, dty
 
 
 def decode_settings(config: CaptionBucketConfig, spec: CheckpointSpec) -> DecodeSettings:
-    """The checkpoint's own settings, with what the user asked for. Raises ValueError if the model cannot do it."""
-    return spec.settings(
-        num_beams=config.num_beams, max_new_tokens=config.max_new_tokens, num_candidates=config.num_candidates
+    """The checkpoint's own settings, with what the user asked for. Raises ValueError if the model, or a scorer, has no use for them."""
+    settings = spec.settings(
+        num_beams=config.num_beams,
+        max_new_tokens=config.max_new_tokens,
+        num_candidates=config.num_candidates,
+        others=config.decode_settings,
     )
+    if config.scorer:
+        settings.check_choice()
+    return settings
 
 
 def read_plan(out: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from raycap import storage, units
 from raycap.bulk.plan import Job, entries_of
+from raycap.captioner import check_finite
 from raycap.decode_pool import DecodePool
 from raycap.errors import ErrorKind, ImageError, StorageError
 from raycap.image import MAX_BYTES, Prepared
@@ -88,6 +89,7 @@ def caption_unit(job: Job, prepared: PreparedUnit, captioner: CaptionsPixels) ->
         batch = prepared.pixels[first : first + job.micro_batch_size]
         results += captioner.caption_prepared(batch, job.settings)
     prepared.seconds["caption"] = time.perf_counter() - begun
+    check_finite(result.error_kind for result in results)
     each = iter(results)
     constant = {"checkpoint": job.checkpoint, "settings": job.settings_id, "verified": job.verified}
     rows = [row | (_captioned(next(each)) if row["error_kind"] is None else {}) | constant for row in prepared.rows]
@@ -144,8 +146,7 @@ def _row(entry: Entry, item: Prepared | ImageError) -> dict[str, Any]:
 
 
 def _captioned(result: CaptionResult) -> dict[str, Any]:
-    answer = asdict(result)
-    return answer | {"candidates": [{"caption": caption, "score": score} for caption, score in result.candidates]}
+    return asdict(result) | {"candidates": [candidate._asdict() for candidate in result.candidates]}
 
 
 class _Reader:

@@ -63,12 +63,20 @@ def local_folder(source: str, *, pickled: bool = False) -> Path:
 
 def _read_published(folder: Path, source: str, keep: bool) -> tuple[CheckpointSpec, Weights]:
     spec, digests = published_spec(folder, source)
-    names, weight_map = weight_files(folder, source)
-    if weight_map:
-        digests[INDEX] = sha256_of_file(folder / INDEX)
-    weights, weight_digests = read_and_hash([folder / name for name in names], source, weight_map, keep=keep)
-    fingerprint = sha256_of_json(digests | weight_digests)
+    weights, fingerprint = read_published_weights(folder, source, digests, keep=keep)
     return replace(spec, model_config=with_pooler(spec.model_config, weights), fingerprint=fingerprint), weights
+
+
+def read_published_weights(
+    folder: Path, source: str, digests: Mapping[str, str], *, keep: bool = True
+) -> tuple[Weights, str]:
+    """The weights, and the fingerprint of the folder: sha256 (hex) over that of each file that was read. digests: of those that
+    say what the weights are, by name. keep: see read_file.
+    """
+    names, weight_map = weight_files(folder, source)
+    of_index = {INDEX: sha256_of_file(folder / INDEX)} if weight_map else {}
+    weights, of_weights = read_and_hash([folder / name for name in names], source, weight_map, keep=keep)
+    return weights, sha256_of_json({**digests, **of_index, **of_weights})
 
 
 def published_spec(folder: Path, source: str) -> tuple[CheckpointSpec, dict[str, str]]:

@@ -1,13 +1,13 @@
 """The folder of BLIP's scorer in the layout of transformers' BlipForImageTextRetrieval: open it, write it. It has no seal."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
 from raycap import storage
-from raycap.checkpoint.folder import in_short, local_copy, new_folder, read_json, shown, write_json
+from raycap.checkpoint.folder import in_short, local_copy, new_folder, read_json, sha256_of_file, shown, write_json
 from raycap.checkpoint.layout import (
     SCORER,
     complete_config,
@@ -16,8 +16,8 @@ from raycap.checkpoint.layout import (
     read_image_spec,
     read_text_spec,
 )
-from raycap.checkpoint.published import local_folder
-from raycap.checkpoint.weights import Weights, read_weights, weight_files, write_weights
+from raycap.checkpoint.published import local_folder, read_published_weights
+from raycap.checkpoint.weights import Weights, write_weights
 from raycap.errors import CheckpointError
 from raycap.models.blip_retrieval import BlipRetrieval
 from raycap.schema import ImageSpec
@@ -26,7 +26,10 @@ from raycap.text import CLS, ENC, SEP, load_tokenizer, save_tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerSpec:
-    """Everything about a scorer but its weights. enc_id: the first token of a text that is matched, in place of cls_id."""
+    """Everything about a scorer but its weights. enc_id: the first token of a text that is matched, in place of cls_id.
+
+    fingerprint: as CheckpointSpec's; "" of a scorer that was read from no folder.
+    """
 
     model_config: dict[str, Any]
     tokenizer: Tokenizer
@@ -35,6 +38,7 @@ class ScorerSpec:
     sep_id: int
     enc_id: int
     pad_id: int
+    fingerprint: str = ""
 
 
 def scorer_spec(model_config: dict[str, Any], tokenizer: Tokenizer, image: ImageSpec, source: str) -> ScorerSpec:
@@ -66,6 +70,16 @@ def scorer_spec(model_config: dict[str, Any], tokenizer: Tokenizer, image: Image
 
 def open_scorer(source: str) -> tuple[ScorerSpec, BlipRetrieval]:
     """The scorer of a folder or hub name, on the CPU, in float32 and eval mode. Raises CheckpointError, StorageError."""
+    spec, weights = _open(source)
+    return spec, load_scorer(spec, weights, source)
+
+
+def open_scorer_spec(source: str) -> ScorerSpec:
+    """The spec that open_scorer gives, of weights that are read in the same way but not held in memory."""
+    return _open(source, keep=False)[0]
+
+
+def _open(source: str, *, keep: bool = True) -> tuple[ScorerSpec, Weights]:
     with local_copy(source if storage.is_url(source) else str(local_folder(source))) as folder:
         config = read_json(folder / "config.json", source)
         if not is_scorer(config):
@@ -73,11 +87,11 @@ def open_scorer(source: str) -> tuple[ScorerSpec, BlipRetrieval]:
                 f"{source!r} is of {shown(config.get('architectures'))}; a scorer is a {SCORER}, such as "
                 f"Salesforce/blip-itm-base-coco"
             )
-        _, image = read_image_spec(folder, source)
+        preprocessor, image = read_image_spec(folder, source)
         spec = scorer_spec(config, load_tokenizer(str(folder)), image, source)
-        names, weight_map = weight_files(folder, source)
-        weights = read_weights([folder / name for name in names], source, weight_map)
-    return spec, load_scorer(spec, weights, source)
+        digests = {name: sha256_of_file(folder / name) for name in ("config.json", "tokenizer.json", preprocessor)}
+        weights, fingerprint = read_published_weights(folder, source, digests, keep=keep)
+    return replace(spec, fingerprint=fingerprint), weights
 
 
 def load_scorer(spec: ScorerSpec, weights: Weights, source: str) -> BlipRetrieval:

@@ -10,7 +10,7 @@ from raycap.checkpoint.folder import shown
 from raycap.errors import CheckpointError
 from raycap.models import KINDS, ModelSizes, model_sizes
 from raycap.schema import DecodeSettings, ImageSpec
-from raycap.text import TextSpec, prompt_ids
+from raycap.text import TextSpec, banned_ids, prompt_ids, required_ids
 
 # The largest values that are built, each several times that of any published captioner: numbers beyond are damage.
 LARGEST = {
@@ -74,19 +74,35 @@ class CheckpointSpec:
         return None if num_positions is None else num_positions + 1 - self.num_prompt_tokens
 
     def check_settings(self, settings: DecodeSettings) -> None:
-        """Raises ValueError if captions of this length, behind this prompt, are longer than the model's texts."""
+        """Raises ValueError if captions of this length, behind this prompt, are longer than the model's texts, or too short for
+        the words that they must hold; and for words that the tokenizer cannot spell.
+        """
         most = self.most_new_tokens
         if most is not None and settings.max_new_tokens > most:
             num_prompt = self.num_prompt_tokens
             raise ValueError(
-                f"max_new_tokens={settings.max_new_tokens} behind the prompt {self.text.prompt!r} ({num_prompt} tokens with the first) is "
-                f"more than the {most + num_prompt - 1} text tokens the model reads; give at most {most}"
+                f"max_new_tokens={settings.max_new_tokens} behind the prompt {shown(self.text.prompt)} (tokens with the first: {num_prompt}) "
+                f"is more than the {most + num_prompt - 1} text tokens the model reads; give "
+                + (f"at most {most}" if most > 0 else "a shorter prompt")
+            )
+        num_required = self.num_required_tokens(settings)
+        if num_required > settings.max_new_tokens:
+            raise ValueError(
+                f"required_words are {settings.required_words!r}, which take {num_required} tokens, and max_new_tokens is "
+                f"{settings.max_new_tokens}; raise it to {num_required} or leave words out"
             )
 
-    def settings(self, *, num_beams: int = 0, max_new_tokens: int = 0, num_candidates: int = 0) -> DecodeSettings:
-        """The checkpoint's own, with these values where they are not 0. Raises ValueError if they do not fit the model."""
+    def num_required_tokens(self, settings: DecodeSettings) -> int:
+        """Of all required words, each said for itself. Raises ValueError for words that the tokenizer cannot spell."""
+        banned = banned_ids(self.tokenizer, settings.banned_words)
+        return sum(len(spellings[-1]) for spellings in required_ids(self.tokenizer, settings.required_words, banned))
+
+    def settings(
+        self, *, num_beams: int = 0, max_new_tokens: int = 0, num_candidates: int = 0, others: str = ""
+    ) -> DecodeSettings:
+        """The checkpoint's own, with these values, see DecodeSettings.override. Raises ValueError if they do not fit the model."""
         settings = self.decode.override(
-            num_beams=num_beams, max_new_tokens=max_new_tokens, num_candidates=num_candidates
+            num_beams=num_beams, max_new_tokens=max_new_tokens, num_candidates=num_candidates, others=others
         )
         self.check_settings(settings)
         return settings

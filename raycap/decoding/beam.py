@@ -1,4 +1,4 @@
-"""Beam search: transformers' generate(num_beams=k, early_stopping=False, do_sample=False), token for token.
+"""Beam search: transformers' generate(num_beams=k, do_sample=False), token for token.
 
 Shape suffixes, beside those of protocol.py: k beams, C = 2 k candidates of a step, L tokens generated at most.
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from raycap.decoding.greedy import Decoded
 from raycap.decoding.protocol import CaptionModel
+from raycap.decoding.rules import Rules
 from raycap.schema import DecodeSettings
 
 # Added to the score of what must not be chosen (transformers' value). It is finite and added, not put in the place of
@@ -26,26 +27,20 @@ class _Beams:
     tokens_BkL: Tensor
     scores_Bk: Tensor
     """Of running texts the sum of log-probabilities, of finished ones that sum by their length to length_penalty."""
-    means_Bk: Tensor
-    """Log-probability per token. Of finished texts only."""
+    sums_Bk: Tensor
+    """Log-probability under the model, whatever rules made of it."""
 
-    def best(self, scores_BX: Tensor, means_BX: Tensor, tokens_BXL: Tensor) -> tuple["_Beams", Tensor]:
+    def best(self, scores_BX: Tensor, sums_BX: Tensor, tokens_BXL: Tensor) -> tuple["_Beams", Tensor]:
         """The k best of these X texts, as new beams, and which ones they are (B, k)."""
         scores_Bk, chosen_Bk = scores_BX.topk(self.scores_Bk.shape[1])
-        return _Beams(_texts(tokens_BXL, chosen_Bk), scores_Bk, means_BX.gather(1, chosen_Bk)), chosen_Bk
+        return _Beams(_texts(tokens_BXL, chosen_Bk), scores_Bk, sums_BX.gather(1, chosen_Bk)), chosen_Bk
 
     def select(self, images: Tensor) -> "_Beams":
-        return _Beams(self.tokens_BkL[images], self.scores_Bk[images], self.means_Bk[images])
+        return _Beams(self.tokens_BkL[images], self.scores_Bk[images], self.sums_Bk[images])
 
     def decoded(self, eos_id: int) -> list[list[Decoded]]:
-        images = zip(self.tokens_BkL.tolist(), self.means_Bk.tolist(), strict=True)
-        return [
-            [
-                Decoded(tuple(ids[: ids.index(eos_id)] if eos_id in ids else ids), mean)
-                for ids, mean in zip(*image, strict=True)
-            ]
-            for image in images
-        ]
+        images = zip(self.tokens_BkL.tolist(), self.sums_Bk.tolist(), strict=True)
+        return [[Decoded.cut(ids, log_prob, eos_id) for ids, log_prob in zip(*image, strict=True)] for image in images]
 
 
 def beam(
@@ -55,20 +50,22 @@ def beam(
     *,
     eos_id: int,
     settings: DecodeSettings,
+    banned: tuple[tuple[int, ...], ...] = (),
     all_finished: Callable[[bool], bool] | None = None,
 ) -> list[list[Decoded]]:
     """The num_beams best captions per image of `state`, ranked by log-probability / length ** length_penalty.
 
-    The score of each is the mean log-probability of its tokens, as greedy's, whatever it was ranked by. An image is
-    done when the best running text, divided by its present length, is not better than the worst of its finished ones.
-    Arguments: see greedy().
+    When an image is done: see DecodeSettings.early_stopping. Arguments: see greedy().
     """
     k, L = settings.num_beams, settings.max_new_tokens
+    rules = Rules.of(settings, eos_id, banned)
     decode_state = model.start(state, prompt_ids, k)
     B, device = decode_state.num_rows // k, prompt_ids.device
     tokens_BkL = torch.full((B, k, L), eos_id, device=device)
+    prompt_BkP = (prompt_ids if model.counts_prompt else prompt_ids[:0]).expand(B, k, -1)
     nothing_Bk = torch.full((B, k), FORBIDDEN, device=device)
-    running = _Beams(tokens_BkL, nothing_Bk.index_fill(1, tokens_BkL.new_zeros(1), 0.0), nothing_Bk)  # all start alike
+    nought_Bk = torch.zeros_like(nothing_Bk)
+    running = _Beams(tokens_BkL, nothing_Bk.index_fill(1, tokens_BkL.new_zeros(1), 0.0), nought_Bk)  # all start alike
     finished = _Beams(tokens_BkL, nothing_Bk, nothing_Bk)
     open_B = torch.ones(B, dtype=torch.bool, device=device)
     images_B = torch.arange(B, device=device)  # of those not dropped yet: their places in the result
@@ -76,29 +73,34 @@ def beam(
     ids_N = prompt_ids[-1].expand(B * k)
     for num_new_tokens in range(1, L + 1):
         log_probs_NV = model.step(decode_state, ids_N).log_softmax(dim=-1)
-        if num_new_tokens <= settings.min_new_tokens:
-            log_probs_NV = log_probs_NV.index_fill(1, torch.tensor([eos_id], device=device), -torch.inf)
+        said_BkL = torch.cat([prompt_BkP[: len(open_B)], running.tokens_BkL[:, :, : num_new_tokens - 1]], dim=2)
+        allowed_NV = rules.apply(log_probs_NV, said_BkL.flatten(0, 1), num_new_tokens - 1)
         V = log_probs_NV.shape[-1]
-        totals_BkV = running.scores_Bk[:, :, None] + log_probs_NV.view(-1, k, V)
+        totals_BkV = running.scores_Bk[:, :, None] + allowed_NV.view(-1, k, V)
         # Twice as many as beams, because up to k of them end a text and k must go on.
-        sums_BC, index_BC = totals_BkV.flatten(1).topk(2 * k)
+        totals_BC, index_BC = totals_BkV.flatten(1).topk(2 * k)
         parents_BC, words_BC = index_BC // V, index_BC % V
+        sums_BC = running.sums_Bk.gather(1, parents_BC) + log_probs_NV.view(-1, k * V).gather(1, index_BC)
         texts_BCL = _texts(running.tokens_BkL, parents_BC)
         texts_BCL[:, :, num_new_tokens - 1] = words_BC
         ends_BC = (words_BC == eos_id) | (num_new_tokens == L)
 
         # A text among the second k may not finish: it is there only so that k can go on.
         may_finish_BC = ends_BC & (torch.arange(2 * k, device=device) < k) & open_B[:, None]
-        scores_BC = sums_BC / num_new_tokens**settings.length_penalty + ~may_finish_BC * FORBIDDEN
+        scores_BC = totals_BC / num_new_tokens**settings.length_penalty + ~may_finish_BC * FORBIDDEN
         finished, _ = finished.best(
             torch.cat([finished.scores_Bk, scores_BC], dim=1),
-            torch.cat([finished.means_Bk, sums_BC / num_new_tokens], dim=1),
+            torch.cat([finished.sums_Bk, sums_BC], dim=1),
             torch.cat([finished.tokens_BkL, texts_BCL], dim=1),
         )
-        running, chosen_Bk = running.best(sums_BC + ends_BC * FORBIDDEN, sums_BC, texts_BCL)
+        running, chosen_Bk = running.best(totals_BC + ends_BC * FORBIDDEN, sums_BC, texts_BCL)
 
-        best_running_B = running.scores_Bk[:, 0] / num_new_tokens**settings.length_penalty
-        open_B = open_B & (best_running_B > finished.scores_Bk.min(dim=1).values)
+        hoped_length = L if settings.early_stopping == "never" and settings.length_penalty > 0 else num_new_tokens
+        best_running_B = running.scores_Bk[:, 0] / hoped_length**settings.length_penalty
+        worst_finished_B = finished.scores_Bk.min(dim=1).values
+        open_B = open_B & (best_running_B > worst_finished_B)
+        if settings.early_stopping is True:
+            open_B = open_B & (worst_finished_B < FORBIDDEN / 2)  # not all num_beams are finished
         num_open = 0 if num_new_tokens == L else int(open_B.sum())
         if all_finished(num_open == 0) if all_finished else num_open == 0:
             break

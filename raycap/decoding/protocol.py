@@ -22,6 +22,10 @@ class DecodeState(Protocol):
 
 
 class CaptionModel(Protocol):
+    counts_prompt: bool
+    """Whether rules (what was said, n-grams, banned words) see the prompt, first token included, as transformers' generate()
+    of such a model does: it does not where the prompt is given as vectors."""
+
     def encode_image(self, pixel_values_B3SS: Tensor) -> Any:
         """The image state: computed once per image, shared by all its captions or beams. pixel_values: normalised."""
 

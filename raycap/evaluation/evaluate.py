@@ -14,7 +14,7 @@ import ray
 import torch
 
 from raycap import cluster, storage
-from raycap.captioner import Captioner
+from raycap.captioner import Captioner, check_finite
 from raycap.checkpoint import SEAL, CheckpointSpec, open_spec
 from raycap.config import EvaluateConfig, default_root
 from raycap.data.batch import Columns, Source
@@ -27,6 +27,7 @@ from raycap.order import InOrder
 from raycap.report import write_report
 from raycap.report.read import INDEX, PER_IMAGE
 from raycap.schema import DecodeSettings
+from raycap.scorer import chosen_by, scorer_fingerprint
 from raycap.shards import MANIFEST, Manifest, check_shards
 
 REPORT_S = 5.0
@@ -38,15 +39,18 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     """Corpus metrics of a checkpoint on a split; what is written below config.out is in `_write`."""
     checkpoint, shards = _inputs(config)
     spec = open_spec(checkpoint, prompt=config.prompt)
-    spec = replace(spec, decode=spec.settings(num_beams=config.num_beams, max_new_tokens=config.max_new_tokens))
+    spec = replace(spec, decode=_settings(config, spec))
+    scorer = scorer_fingerprint(config.scorer, spec.image, checkpoint)
     manifest = open_shards(shards, storage.join(config.out, INDEX), connect=lambda: _connect(config))
     check_shards(manifest)
     num_images = min(config.max_images or manifest.num_samples, manifest.num_samples)
     use_gpu = _connect(config)
     unverified = "" if spec.verified else " (unverified: no raycap.json vouches for it)"
-    print(f"captioning {num_images} images of {shards} with {checkpoint}{unverified}", flush=True)
+    choice = f", {chosen_by(config.scorer)}" if scorer else ""
+    print(f"captioning {num_images} images of {shards} with {checkpoint}{unverified}{choice}", flush=True)
     captions = _caption_rows(config, checkpoint, spec, manifest, num_images, use_gpu)
     rows = list(_report_progress(_check_keys(captions, manifest.root), num_images))
+    check_finite(row["error_kind"] for row in rows)
     captioned = [row for row in rows if not row["error_kind"]]
     errors = Counter(row["error_kind"] for row in rows if row["error_kind"])
     errors.update(kind for _, kind in manifest.skipped)  # what was known before anything was read
@@ -71,10 +75,20 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         "data_fingerprint": manifest.fingerprint,
         "decode": asdict(spec.decode),
         "prompt": spec.text.prompt,
+        **({"scorer": config.scorer, "scorer_fingerprint": scorer} if scorer else {}),
         "evaluated_at": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
     }
     _write(config.out, rows, cider_by_key, about)
     return scores
+
+
+def _settings(config: EvaluateConfig, spec: CheckpointSpec) -> DecodeSettings:
+    settings = spec.settings(
+        num_beams=config.num_beams, max_new_tokens=config.max_new_tokens, others=config.decode_settings
+    )
+    if config.scorer:
+        settings.check_choice()
+    return settings
 
 
 def _write(out: str, rows: list[Row], cider_by_key: dict[str, float], about: dict[str, Any]) -> None:
@@ -167,14 +181,15 @@ class _CaptionBlock:
                     "image_id": facts["image_id"],
                     "caption": None if kind else result.caption,
                     "references": facts["captions"],
-                    "error_kind": kind or None,
+                    "error_kind": kind or result.error_kind,
                 }
 
 
 def _caption_rows(
     config: EvaluateConfig, checkpoint: str, spec: CheckpointSpec, manifest: Manifest, num_images: int, use_gpu: bool
 ) -> Iterator[Row]:
-    load = partial(Captioner.load, checkpoint, device="cuda" if use_gpu else "cpu", prompt=config.prompt)
+    device = "cuda" if use_gpu else "cpu"
+    load = partial(Captioner.load, checkpoint, device=device, prompt=config.prompt, scorer=config.scorer)
     order = InOrder(shard_sizes=manifest.sizes, num_samples=num_images, global_batch_size=config.micro_batch_size)
     source = Source(
         image=spec.image,

@@ -22,7 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raycap.models.absorbed import mean_states, through_keys, through_values
 from raycap.models.cache import ImageState, TextState, check_rows
+from raycap.models.linear import Linear
 from raycap.models.loss import summed_token_loss
 
 if TYPE_CHECKING:
@@ -32,41 +34,10 @@ TIED_NAMES = {  # second name of a parameter -> its first; both are in a state d
     "text_decoder.cls.predictions.decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight",
     "text_decoder.cls.predictions.decoder.bias": "text_decoder.cls.predictions.bias",
 }
-HAS_ONEDNN = (
-    torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # theirs
-    and torch.backends.cpu.get_cpu_capability() == "AVX512"
-)
-ONEDNN_FROM = 2**22  # multiplications
 
 
 class BlipDecodeState(TextState[ImageState]):
     """What start() returns and step() continues."""
-
-
-class Linear(nn.Linear):
-    """torch's, with another library at work on CPUs with AVX-512: MKL, which torch calls, does without it on AMD's.
-
-    oneDNN takes half the time there (tests/bench/LOG.md); results differ by rounding. With AVX2 alone the two are equal, and
-    for a few rows the way to oneDNN and back costs what it saves. Where a graph is recorded torch's stays: with oneDNN's
-    gradients the losses under DeepSpeed's ZeRO 2 were others.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        is_float32 = input.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        is_large = input.ndim > 1 and input.numel() * self.out_features >= ONEDNN_FROM
-        is_sharded = hasattr(
-            self.weight, "ds_id"
-        )  # by ZeRO 3, which has a function of its own in the place of F.linear
-        if (
-            HAS_ONEDNN
-            and is_float32
-            and is_large
-            and input.device.type == "cpu"
-            and not is_sharded
-            and not torch.is_grad_enabled()
-        ):
-            return torch.ops.aten.linear(input.to_mkldnn(), self.weight, self.bias).to_dense()  # type: ignore[no-any-return]
-        return super().forward(input)
 
 
 class VisionEmbeddings(nn.Module):
@@ -158,14 +129,17 @@ class TextEmbeddings(nn.Module):
 class TextAttention(nn.Module):
     """What self-attention and cross-attention share. source_width: of what keys and values are made from."""
 
+    KEY: type[Linear] = Linear
+    VALUE: type[Linear] = Linear
+
     def __init__(self, config: "BlipTextConfig", layer: int, source_width: int) -> None:
         super().__init__()
         self.layer = layer
         self.num_heads = config.num_attention_heads
         self.dropout = config.attention_probs_dropout_prob
         self.query = Linear(config.hidden_size, config.hidden_size)
-        self.key = Linear(source_width, config.hidden_size)
-        self.value = Linear(source_width, config.hidden_size)
+        self.key = self.KEY(source_width, config.hidden_size)
+        self.value = self.VALUE(source_width, config.hidden_size)
 
     def heads(self, hidden: Tensor) -> Tensor:
         """(rows, positions, D) -> (rows, H, positions, K)"""
@@ -187,14 +161,36 @@ class SelfAttention(TextAttention):
         return self.attend(query, key, value, is_causal=hidden_NLD.shape[1] > 1)
 
 
+class CrossKey(Linear):
+    """absorbed_by: not keys of states, but what so many heads' queries ask of the states."""
+
+    def forward(self, input: Tensor, absorbed_by: int = 0) -> Tensor:
+        return through_keys(input, self.weight, absorbed_by) if absorbed_by else super().forward(input)
+
+
+class CrossValue(Linear):
+    """absorbed_by: not values of states, but what so many heads mix of their means of the states."""
+
+    def forward(self, input: Tensor, absorbed_by: int = 0) -> Tensor:
+        return through_values(input, self.weight, self.bias, absorbed_by) if absorbed_by else super().forward(input)
+
+
 class CrossAttention(TextAttention):
+    KEY = CrossKey
+    VALUE = CrossValue
+
     def forward(self, hidden_NLD: Tensor, image: ImageState) -> Tensor:
-        key_BHTK, value_BHTK = image.keys_values(
-            self.layer, lambda states_BTE: (self.heads(self.key(states_BTE)), self.heads(self.value(states_BTE)))
-        )
         query_NLD: Tensor = self.query(hidden_NLD)
         # No mask and no positions here: the rows of an image are simply more queries, (N, L) -> (B, k * L).
         folded = query_NLD.reshape(image.num_images, -1, query_NLD.shape[-1])
+        if image.absorbed:
+            scale = (folded.shape[-1] // self.num_heads) ** -0.5
+            mean = mean_states(self.key(folded, absorbed_by=self.num_heads), image.states_BTE, scale)
+            mixed: Tensor = self.value(mean, absorbed_by=self.num_heads)
+            return mixed.view_as(query_NLD)
+        key_BHTK, value_BHTK = image.keys_values(
+            self.layer, lambda states_BTE: (self.heads(self.key(states_BTE)), self.heads(self.value(states_BTE)))
+        )
         return self.attend(self.heads(folded), key_BHTK, value_BHTK, is_causal=False).view_as(query_NLD)
 
 
@@ -293,6 +289,8 @@ class TextDecoder(nn.Module):
 class Blip(nn.Module):
     """The captioning model of raycap/decoding/protocol.py: see CaptionModel there for the contract of each method."""
 
+    counts_prompt = True
+
     def __init__(self, config: "BlipConfig") -> None:
         super().__init__()
         vision = cast("BlipVisionConfig", config.vision_config)
@@ -319,10 +317,10 @@ class Blip(nn.Module):
 
     @torch.no_grad()
     def start(self, state: ImageState, prompt_ids_P: Tensor, beams: int = 1) -> BlipDecodeState:
-        text = BlipDecodeState(state, len(self.text_decoder.bert.encoder.layer))
+        text = BlipDecodeState(state.for_beams(beams), len(self.text_decoder.bert.encoder.layer))
         B = state.num_images
         if len(prompt_ids_P) > 1:
-            self.text_decoder.bert(prompt_ids_P[:-1].expand(B, -1), state, text)
+            self.text_decoder.bert(prompt_ids_P[:-1].expand(B, -1), text.image, text)
         text.reorder(torch.arange(B, device=prompt_ids_P.device).repeat_interleave(beams))
         return text
 

@@ -13,6 +13,8 @@ from typing import Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
+from raycap.models.absorbed import MAX_BEAMS
+
 CACHE_GROWTH = 32  # slots; a COCO caption with its prompt and end token fits into the first allocation
 
 
@@ -39,15 +41,24 @@ def check_rows(num_rows: int, shared: SharedState) -> None:
 
 @dataclass
 class ImageState:
-    """What text rows look at: the vision tower's output, and the keys and values each text layer makes of it."""
+    """What text rows look at: the vision tower's output, and the keys and values each text layer makes of it.
+
+    absorbed: layers look at states_BTE itself, see absorbed.py.
+    """
 
     states_BTE: Tensor
     # By (layer, grad mode): captions sampled under no_grad must not leave keys without a graph for a later loss.
     cross: dict[tuple[int, bool], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    absorbed: bool = False
 
     @property
     def num_images(self) -> int:
         return len(self.states_BTE)
+
+    def for_beams(self, beams: int) -> "ImageState":
+        """The same, for so many rows an image in decoding; what either projects, both have."""
+        is_projected = (0, False) in self.cross
+        return ImageState(self.states_BTE, self.cross, absorbed=beams <= MAX_BEAMS and not is_projected)
 
     def keys_values(self, layer: int, project: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """What project(states_BTE) returns, each (B, H, T, K), projected once per layer and grad mode."""
@@ -59,7 +70,7 @@ class ImageState:
     def select(self, images: Tensor) -> "ImageState":
         decoding = {key: value for key, value in self.cross.items() if not key[1]}
         cross = {key: (keys[images], values[images]) for key, (keys, values) in decoding.items()}
-        return ImageState(self.states_BTE[images], cross)
+        return ImageState(self.states_BTE[images], cross, self.absorbed)
 
 
 @dataclass
@@ -99,27 +110,33 @@ class TextCache:
     def __init__(self, num_layers: int, num_rows: int) -> None:
         self.num_rows = num_rows
         self.length = 0
-        self._num_layers = num_layers
-        self._cache: Tensor | None = None  # (layer, key or value, N, H, C, K)
+        self._layers: list[Tensor | None] = [None] * num_layers  # (key or value, N, H, C, K) each
+        self._spare: Tensor | None = None  # such a one: fresh memory for every reorder() takes ten times as long
 
     def append(self, layer: int, key_NHLK: Tensor, value_NHLK: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of every position so far, these included. `length` moves on when all layers have appended."""
         N, H, L, K = key_NHLK.shape
-        end = self.length + L
-        if self._cache is None or end > self._cache.shape[4]:
-            grown = key_NHLK.new_empty(self._num_layers, 2, N, H, -(-end // CACHE_GROWTH) * CACHE_GROWTH, K)
-            if self._cache is not None:
-                grown[..., : self.length, :] = self._cache[..., : self.length, :]
-            self._cache = grown
-        self._cache[layer, 0, :, :, self.length : end] = key_NHLK
-        self._cache[layer, 1, :, :, self.length : end] = value_NHLK
-        return self._cache[layer, 0, :, :, :end], self._cache[layer, 1, :, :, :end]
+        end, cache = self.length + L, self._layers[layer]
+        if cache is None or end > cache.shape[3]:
+            grown = key_NHLK.new_empty(2, N, H, -(-end // CACHE_GROWTH) * CACHE_GROWTH, K)
+            if cache is not None:
+                grown[..., : self.length, :] = cache[..., : self.length, :]
+            self._layers[layer] = cache = grown
+        cache[0, :, :, self.length : end] = key_NHLK
+        cache[1, :, :, self.length : end] = value_NHLK
+        return cache[0, :, :, :end], cache[1, :, :, :end]
 
     def reorder(self, index_N: Tensor) -> None:
         """Row r goes on from the text of row index_N[r], which must belong to the same image."""
-        self.num_rows = len(index_N)
-        if self._cache is not None:
-            self._cache = self._cache.index_select(2, index_N)
+        self.num_rows, written = len(index_N), slice(0, self.length)
+        for layer, cache in enumerate(self._layers):
+            if cache is None:
+                continue
+            kinds, _, *others = cache.shape
+            shape = (kinds, len(index_N), *others)
+            spare = self._spare if self._spare is not None and self._spare.shape == shape else cache.new_empty(shape)
+            torch.index_select(cache[..., written, :], 1, index_N, out=spare[..., written, :])
+            self._layers[layer], self._spare = spare, cache
 
 
 class TextState(TextCache, Generic[Shared]):

@@ -88,6 +88,8 @@ class ClipGpt2(nn.Module):
     Frozen modules get no gradients and stay in evaluation mode, as ClipCap's GPT-2 does where only the mapper is trained.
     """
 
+    counts_prompt = False  # its prompt becomes vectors behind the visual tokens
+
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         from raycap.models.hub.configuration_clip_gpt2 import ClipGpt2Config  # loads transformers, which takes seconds

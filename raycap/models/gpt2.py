@@ -14,13 +14,15 @@ prefix length, S length of all that a row attends to, V vocabulary, D width, T i
 
 import math
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raycap.models.absorbed import mean_states, through_keys, through_values
 from raycap.models.cache import ImageState, Prefix, TextCache, check_rows
+from raycap.models.linear import Linear, is_sharded, linear
 
 if TYPE_CHECKING:
     from transformers import GPT2Config
@@ -39,7 +41,8 @@ class Projection(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width_out))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.weight.T, self.bias)
+        product = F.linear if is_sharded(self.weight) else linear
+        return product(hidden, self.weight.T, self.bias)
 
 
 class Attention(nn.Module):
@@ -95,18 +98,38 @@ class SelfAttention(Attention):
         return mixed_NLD
 
 
+class KeysValues(Projection):
+    """Of an image's states, side by side. absorbed: not keys or values, but see absorbed.py."""
+
+    def __init__(self, config: "GPT2Config") -> None:
+        super().__init__(config.n_embd, 2 * config.n_embd)
+        self.num_heads = config.n_head
+
+    def forward(self, hidden: Tensor, absorbed: Literal["", "keys", "values"] = "") -> Tensor:
+        if not absorbed:
+            return super().forward(hidden)
+        key_weight_DE, value_weight_DE = self.weight.T.chunk(2)
+        if absorbed == "keys":
+            return through_keys(hidden, key_weight_DE, self.num_heads)
+        return through_values(hidden, value_weight_DE, self.bias.chunk(2)[1], self.num_heads)
+
+
 class CrossAttention(Attention):
     def __init__(self, config: "GPT2Config", layer: int) -> None:
         super().__init__(config, layer)
-        self.c_attn = Projection(config.n_embd, 2 * config.n_embd)
+        self.c_attn = KeysValues(config)
         self.q_attn = Projection(config.n_embd, config.n_embd)
 
     def forward(self, hidden_NLD: Tensor, image: ImageState) -> Tensor:
-        key_BHTK, value_BHTK = image.keys_values(self.layer, self._keys_values)
         query_NLD: Tensor = self.q_attn(hidden_NLD)
         # No mask and no positions here: the rows of an image are simply more queries, (N, L) -> (B, k * L).
         folded = query_NLD.reshape(image.num_images, -1, query_NLD.shape[-1])
-        mixed = self.attend(self.heads(folded), key_BHTK, value_BHTK, causal=False)
+        if image.absorbed:
+            asked: Tensor = self.c_attn(folded, absorbed="keys")
+            mixed = self.c_attn(mean_states(asked, image.states_BTE, self.scale), absorbed="values")
+        else:
+            keys_values = image.keys_values(self.layer, self._keys_values)
+            mixed = self.attend(self.heads(folded), *keys_values, causal=False)
         mixed_NLD: Tensor = self.resid_dropout(self.c_proj(mixed.view_as(query_NLD)))
         return mixed_NLD
 
@@ -180,7 +203,7 @@ class TextBody(nn.Module):
         return normed_NLD
 
 
-class LanguageHead(nn.Linear):
+class LanguageHead(Linear):
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits over the last dimension, float32 or wider."""
         logits = super().forward(hidden)

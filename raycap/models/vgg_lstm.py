@@ -213,6 +213,8 @@ class DeepOutput(nn.Module):
 class VggLstm(nn.Module):
     """The captioning model of raycap/decoding/protocol.py: see CaptionModel there for the contract of each method."""
 
+    counts_prompt = True
+
     def __init__(self, config: Mapping[str, Any]) -> None:
         """config: see VggLstmConfig."""
         super().__init__()

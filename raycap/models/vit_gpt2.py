@@ -47,6 +47,8 @@ class VitGpt2(nn.Module):
     is carried along and never trained. decoder.label_smoothing, 0 if it is missing.
     """
 
+    counts_prompt = True
+
     def __init__(self, config: "VisionEncoderDecoderConfig") -> None:
         super().__init__()
         from transformers import GPT2Config, ViTConfig, ViTModel
@@ -101,10 +103,10 @@ class VitGpt2(nn.Module):
 
     @torch.no_grad()
     def start(self, state: ImageState, prompt_ids_P: Tensor, beams: int = 1) -> TextState[ImageState]:
-        text = TextState(state, self.decoder.num_layers)
+        text = TextState(state.for_beams(beams), self.decoder.num_layers)
         B = state.num_images
         if len(prompt_ids_P) > 1:
-            self.decoder(self.decoder.embed(prompt_ids_P[:-1].expand(B, -1)), image=state, text=text)
+            self.decoder(self.decoder.embed(prompt_ids_P[:-1].expand(B, -1)), image=text.image, text=text)
         text.reorder(torch.arange(B, device=prompt_ids_P.device).repeat_interleave(beams))
         return text
 

@@ -148,6 +148,7 @@ def _facts(config: Json, train: Json, scored: Json, bulk: Json) -> tuple[tuple[s
         ("Images", scored.get("num_images")),
         ("Evaluated at", scored.get("evaluated_at")),
         ("Search", _search(_object(scored.get("decode")))),
+        ("Chosen by", scored.get("scorer")),
         ("Trained on", config.get("train_shards")),
         (
             "Training in this folder",
@@ -164,11 +165,17 @@ def _search(decode: Json) -> str:
     if not decode:
         return ""
     beams = decode.get("num_beams", 1)
-    return f"{'greedy' if beams == 1 else f'{beams} beams'}, at most {decode.get('max_new_tokens')} tokens"
+    how = "sampled" if decode.get("do_sample") else "greedy" if beams == 1 else f"{beams} beams"
+    words = decode.get("required_words")
+    return f"{how}, at most {decode.get('max_new_tokens')} tokens" + (
+        f", every caption with {', '.join(map(str, words))}" if isinstance(words, list) and words else ""
+    )
 
 
 def _settings(config: Json, scored: Json, bulk: Json) -> dict[str, dict[str, str]]:
-    decoding = _object(scored.get("decode")) | {k: scored[k] for k in ("prompt", "data_fingerprint") if k in scored}
+    decoding = _object(scored.get("decode")) | {
+        k: scored[k] for k in ("prompt", "scorer_fingerprint", "data_fingerprint") if k in scored
+    }
     found = {"Training": config, "Evaluation": decoding, "Bulk captioning": bulk}
     return {name: {k: shown(v) for k, v in values.items()} for name, values in found.items() if values}
 

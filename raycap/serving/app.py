@@ -140,7 +140,9 @@ class CaptionerReplica:
     """One model. Requests that arrive together run together, those with equal decode settings in one forward pass."""
 
     def __init__(self, config: ServeConfig, checkpoint: str, device: str, dtype: str, torch_threads: int) -> None:
-        self._captioner = Captioner.load(checkpoint, device=device, dtype=dtype, prompt=config.prompt)
+        self._captioner = Captioner.load(
+            checkpoint, device=device, dtype=dtype, prompt=config.prompt, scorer=config.scorer
+        )
         self._served = _served(self._captioner, config)
         # One thread, so that requests are collected while the model works. OpenMP's setting belongs to the thread.
         self._thread = ThreadPoolExecutor(1, "model", torch.set_num_threads, (torch_threads,))
@@ -178,23 +180,32 @@ class CaptionerReplica:
 
 
 def decode_settings(config: ServeConfig, spec: CheckpointSpec) -> DecodeSettings:
-    """What a request gets that asks for nothing else. Raises ValueError if the model cannot do it."""
-    return spec.settings(
-        num_beams=config.num_beams, max_new_tokens=config.max_new_tokens, num_candidates=config.num_candidates
+    """What a request gets that asks for nothing else. Raises ValueError if the model, or a scorer, has no use for it."""
+    settings = spec.settings(
+        num_beams=config.num_beams,
+        max_new_tokens=config.max_new_tokens,
+        num_candidates=config.num_candidates,
+        others=config.decode_settings,
     )
+    if config.scorer:
+        settings.check_choice()
+    return settings
 
 
 def _served(captioner: Captioner, config: ServeConfig) -> Served:
     spec = captioner.spec
+    decode = decode_settings(config, spec)
     return Served(
         kind=spec.kind,
         step=spec.info.get("step"),
         fingerprint=spec.fingerprint,
         verified=spec.verified,
+        scorer=captioner.scorer.fingerprint if captioner.scorer else None,
         image=spec.image,
-        decode=decode_settings(config, spec),
+        decode=decode,
         prompt=spec.text.prompt,
         max_new_tokens=spec.most_new_tokens or spec.text.max_tokens,
+        num_required_tokens=spec.num_required_tokens(decode),
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,16 +32,20 @@ FORM_FIELD = "image"
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """What a captioner says of itself. max_new_tokens: as many as the model has positions for behind its prompt."""
+    """What a captioner says of itself. max_new_tokens: as many as the model has positions for behind its prompt.
+    num_required_tokens: of the words that decode requires, the least max_new_tokens.
+    """
 
     kind: str
     step: int | None
     fingerprint: str
     verified: bool
+    scorer: str | None = None  # fingerprint of what picks the captions
     image: ImageSpec
     decode: DecodeSettings
     prompt: str
     max_new_tokens: int
+    num_required_tokens: int = 0
 
 
 class Decoder(Protocol):
@@ -76,32 +80,48 @@ class Settings(BaseModel):
     )
 
     def over(self, served: Served) -> DecodeSettings:
-        """The decode settings of a request. Raises Refusal for more tokens than the model reads."""
+        """The decode settings of a request. Raises Refusal for more tokens than the model reads, or too few for the required words,
+        and for settings that contradict the server's.
+        """
         if (self.max_new_tokens or 0) > served.max_new_tokens:
             raise _bad_request(
                 f"max_new_tokens is {self.max_new_tokens}, but the model reads at most {served.max_new_tokens} tokens behind its "
                 f"prompt; ask for less"
             )
+        if self.max_new_tokens and self.max_new_tokens < served.num_required_tokens:
+            raise _bad_request(
+                f"max_new_tokens is {self.max_new_tokens}, but the words that the server requires in a caption take "
+                f"{served.num_required_tokens} tokens; ask for as many or more"
+            )
         try:
-            return served.decode.override(
+            settings = served.decode.override(
                 num_beams=self.num_beams or 0,
                 max_new_tokens=self.max_new_tokens or 0,
                 num_candidates=self.num_candidates or 0,
             )
+            if served.scorer is not None:
+                settings.check_choice()
+            return settings
         except ValueError as error:
             raise _bad_request(str(error)) from error
 
 
 class Candidate(BaseModel):
+    """score: mean log-probability of the caption's tokens. log_prob: their sum. match: with the image, of a server with a scorer."""
+
     caption: str
     score: float
+    log_prob: float
+    match: float | None
 
 
 class Caption(BaseModel):
-    """score: mean log-probability of the caption's tokens. width, height: the image's. checkpoint: its fingerprint."""
+    """score, log_prob, match: see Candidate. width, height: the image's. checkpoint: its fingerprint."""
 
     caption: str
     score: float | None
+    log_prob: float | None
+    match: float | None
     candidates: list[Candidate]
     width: int
     height: int
@@ -121,6 +141,16 @@ class DecodeInfo(BaseModel):
     min_new_tokens: int
     length_penalty: float
     num_candidates: int
+    early_stopping: bool | Literal["never"]
+    repetition_penalty: float
+    no_repeat_ngram_size: int
+    banned_words: tuple[str, ...]
+    required_words: tuple[str, ...]
+    do_sample: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
 
 
 class ModelInfo(BaseModel):
@@ -129,10 +159,12 @@ class ModelInfo(BaseModel):
     step: int | None
     fingerprint: str
     verified: bool
+    scorer: str | None
     image: ImageInfo
     decode: DecodeInfo
     prompt: str
     max_new_tokens: int
+    num_required_tokens: int
 
 
 class Models(BaseModel):
@@ -157,7 +189,7 @@ _WHY = {
     408: "the body did not arrive in time",
     413: "more bytes than the server takes",
     415: "another Content-Type",
-    422: "the bytes are no image that is read",
+    422: "the bytes are no image that is read, or the image has no caption: error_kind tells",
     429: "the server is full; Retry-After says when to come back",
     500: "a fault of the server; its log tells more under the X-Request-ID",
     503: "no captioner answers yet, or again; Retry-After says when to come back",
@@ -228,11 +260,15 @@ def build_http(
         result, fingerprint, verified = await model.caption(prepared.pixels, settings)
         if fingerprint != served.fingerprint:  # a captioner that started later, on a folder that was replaced
             await ask(again=True)
-        assert result.caption is not None
+        if result.caption is None:
+            assert result.error_kind is not None
+            raise ImageError(ErrorKind(result.error_kind), result.error or "")
         return Caption(
             caption=result.caption,
             score=result.score,
-            candidates=[Candidate(caption=text, score=score) for text, score in result.candidates],
+            log_prob=result.log_prob,
+            match=result.match,
+            candidates=[Candidate(**candidate._asdict()) for candidate in result.candidates],
             width=prepared.width,
             height=prepared.height,
             checkpoint=fingerprint,

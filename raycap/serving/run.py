@@ -17,6 +17,7 @@ from raycap import cluster
 from raycap.checkpoint import open_spec
 from raycap.config import ServeConfig
 from raycap.errors import RaycapError, UserError
+from raycap.scorer import chosen_by, scorer_fingerprint
 from raycap.serving.app import (
     LOOPBACK,
     assemble,
@@ -93,6 +94,8 @@ def start(config: ServeConfig) -> str:
     decode_settings(config, spec)
     if not spec.verified:
         print(f"{source} is unverified: no raycap.json vouches for it", flush=True)
+    if scorer_fingerprint(config.scorer, spec.image, source):
+        print(chosen_by(config.scorer), flush=True)
     cluster.connect(
         num_cpus=num_cpus(config),
         need=f"--num-replicas {config.num_replicas} captioners + --decode-workers {config.decode_workers}",

@@ -112,6 +112,8 @@ MODULES = (
     "load_checkpoint",
     "blip_encoder",
     "blip_train_step",
+    "ragged_decode",
+    "decode_memory",
 )
 BENCHMARKS: dict[str, Callable[[], Line]] = {
     "help_time": help_time,
@@ -120,6 +122,12 @@ BENCHMARKS: dict[str, Callable[[], Line]] = {
     "loader_vs_webdataset": imported("loaders", "measure_webdataset"),
     "loader_vs_raydata": imported("loaders", "measure_raydata"),
     "loader_vs_dataloader": imported("loaders", "measure_dataloader"),
+    "blip_greedy": imported("blip_decode", "measure_greedy"),
+    "blip_beam3": imported("blip_decode", "measure_beam3"),
+    "blip_beam5": imported("blip_decode", "measure_beam5"),
+    "blip_beam5_decode": imported("blip_decode", "measure_beam5_decode"),
+    "gpt2_prefix_beam5": imported("gpt2_decode", "measure_prefix_beam5"),
+    "clipcap_loop": imported("gpt2_decode", "measure_clipcap_loop"),
     "shuffle_cost": imported("shuffle"),
     "plan_shards": imported("scale", "measure_plan"),
     "rank_scaling": imported("scale", "measure_ranks"),

@@ -29,7 +29,7 @@ app = FastAPI()
 @app.post("/v1/caption")
 async def caption(request: Request) -> dict[str, object]:
     await request.body()
-    return {"caption": "a caption", "score": -1.0, "candidates": [], "width": 32, "height": 32, "checkpoint": "0" * 64, "verified": True}
+    return {"caption": "a caption", "score": -1.0, "log_prob": -3.0, "candidates": [], "width": 32, "height": 32, "checkpoint": "0" * 64, "verified": True}
 
 uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), access_log=False, log_level="error")
 """

@@ -64,7 +64,7 @@ def rows_below(out: Path) -> list[dict[str, Any]]:
 
 
 def without_score(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [row | {"score": None} for row in rows]
+    return [row | {"score": None, "log_prob": None} for row in rows]
 
 
 @pytest.fixture(scope="module")

@@ -140,5 +140,5 @@ def test_the_captions_compared_hang_on_no_near_tie(roots: dict[str, str]) -> Non
     results = [result for result in in_process(captioner, settings).values() if result.caption is not None]
     assert len(results) == 14
     for result in results:
-        (_, best), (_, second) = result.candidates
+        best, second = (candidate.score for candidate in result.candidates)
         assert abs(best - second) > GAP, result

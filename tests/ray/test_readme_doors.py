@@ -19,9 +19,9 @@ pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
 
 
-def blocks(language: str) -> list[str]:
-    """The code blocks of the section on the doors, in order."""
-    section = (ROOT / "README.md").read_text().partition("## Three doors")[2].partition("\n## ")[0]
+def blocks(language: str, heading: str = "Three doors") -> list[str]:
+    """The code blocks of a section, in order."""
+    section = (ROOT / "README.md").read_text().partition(f"## {heading}")[2].partition("\n## ")[0]
     found: list[str] = re.findall(rf"```{language}\n(.*?)```", section, re.S)
     return found
 
@@ -46,8 +46,8 @@ def with_paths(text: str, paths: dict[str, str]) -> str:
     return text
 
 
-def in_program(paths: dict[str, str]) -> list[str]:
-    (snippet,) = blocks("python")
+def in_program(paths: dict[str, str], heading: str = "Three doors") -> list[str]:
+    (snippet,) = blocks("python", heading)
     done = subprocess.run(
         [sys.executable, "-c", with_paths(snippet, paths)], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
@@ -63,6 +63,16 @@ def test_the_snippet_prints_a_caption_and_an_error_kind(paths: dict[str, str]) -
     shown = blocks("text")[0].splitlines()
     assert shown[1] == error
     assert shown[0].endswith(" None")
+
+
+def test_the_snippet_on_settings_prints_two_beams_and_two_draws(paths: dict[str, str]) -> None:
+    lines = in_program(paths, "How a caption is found")
+    assert len(lines) == 4
+    means, sums = ([float(line.split()[place]) for line in lines] for place in (-2, -1))
+    for line, mean, log_prob in zip(lines, means, sums, strict=True):
+        num_words = len(line.split()) - 2
+        assert log_prob <= mean * max(1, num_words) + 1e-6 < 1e-6  # a caption has at least as many tokens as words
+    assert not any("photo" in line for line in lines)
 
 
 def test_the_bulk_command_writes_one_row_per_file(ray_cluster: str, paths: dict[str, str]) -> None:

@@ -200,7 +200,7 @@ def test_the_builder_of_a_config_file_serves_with_the_replicas_limits_alone(clea
     ("args", "says"),
     [
         ({"chekpoint": "/x"}, "'chekpoint', which is no setting; did you mean 'checkpoint'"),
-        ({"zzz": 1}, "there are checkpoint, host, port"),
+        ({"zzz": 1}, "there are checkpoint, scorer, host, port"),
         ({"checkpoint": "/x", "max_queue": 0}, "--max-queue must be at least 1, got 0"),
         ({"checkpoint": "/x", "max_queue": "many"}, "max_queue='many'"),
         ({"checkpoint": "/x", "device": "gpu"}, "device='gpu'"),

@@ -11,7 +11,9 @@ from torch import Tensor
 from transformers import BlipForConditionalGeneration
 
 from raycap.models import build_model
-from raycap.models.blip import ONEDNN_FROM, TIED_NAMES, Blip, Linear
+from raycap.models.absorbed import MAX_BEAMS
+from raycap.models.blip import TIED_NAMES, Blip
+from raycap.models.linear import ONEDNN_FROM, Linear
 
 torch.set_num_threads(1)
 
@@ -218,7 +220,7 @@ def test_beams_go_on_from_the_rows_that_reorder_names() -> None:
     image = ours.encode_image(pixel_values)
     state = ours.start(image, prompt, beams=2)
     assert state.num_rows == 4
-    assert state.image is image
+    assert state.image.states_BTE is image.states_BTE
     ours.step(state, prompt[-1].expand(4))
     ours.step(state, torch.tensor([10, 11, 12, 13]))
     state.reorder(torch.tensor([1, 1, 3, 2]))
@@ -257,10 +259,25 @@ def test_cross_attention_keys_are_projected_once_per_image() -> None:
             module.register_forward_hook(lambda _module, _inputs, output: rows.append(len(output)))
     image = ours.encode_image(images(2))
     for _ in range(2):
-        state = ours.start(image, torch.tensor([BOS_ID, 7]), beams=3)
+        state = ours.start(image, torch.tensor([BOS_ID, 7]), beams=MAX_BEAMS + 1)
         for _ in range(4):
-            ours.step(state, torch.full((6,), 9))
+            ours.step(state, torch.full((2 * (MAX_BEAMS + 1),), 9))
     assert rows == [2, 2]  # two layers, each once, one row per image and none per beam
+
+
+def test_for_few_beams_no_keys_are_projected_and_the_logits_are_the_same() -> None:
+    ours, _ = tiny_blip_pair()
+    ids = torch.arange(5, 11)
+    image = ours.encode_image(images(2))
+    few = ours.start(image, torch.tensor([BOS_ID, 7, 8]), beams=MAX_BEAMS)
+    found = [ours.step(few, ids) for _ in range(2)]
+    assert not image.cross
+    many = ours.start(image, torch.tensor([BOS_ID, 7, 8]), beams=MAX_BEAMS + 1)
+    rows = torch.tensor([0, 1, 2, 4, 5, 6])
+    for expected in found:
+        logits = ours.step(many, torch.zeros(8, dtype=torch.int64).index_copy(0, rows, ids))
+        torch.testing.assert_close(expected, logits[rows], rtol=1e-5, atol=1e-5)
+    assert image.cross
 
 
 def test_a_loss_after_decoding_from_the_same_image_state_has_all_its_gradients() -> None:

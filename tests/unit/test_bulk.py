@@ -25,7 +25,7 @@ from raycap.cluster import gpus_for
 from raycap.config import CaptionBucketConfig
 from raycap.decode_pool import DecodePool
 from raycap.errors import EXIT_USER_MISTAKE, CheckpointError, StorageError, UserError
-from raycap.schema import CaptionResult, DecodeSettings, ImageSpec, caption_schema
+from raycap.schema import Candidate, CaptionResult, DecodeSettings, ImageSpec, caption_schema
 
 ODD_KEYS = ("a b+c%20d.png", "line\nbreak.png", "n\u0303o.png", "\u00f1o.png", "q?x#y.png", "ü/日本.PNG", "'\"\\.png")
 
@@ -229,11 +229,21 @@ def test_rows_are_what_the_captioner_says_of_each_image_in_order(job: Job, pool:
 def test_candidates_are_written_with_their_scores(job: Job, pool: DecodePool) -> None:
     class Two:
         def caption_prepared(self, pixels: Any, settings: object = None) -> list[CaptionResult]:  # noqa: ARG002
-            return [CaptionResult(caption="a", score=-1.0, candidates=(("a", -1.0), ("b", -2.5)))] * len(pixels)
+            return [
+                CaptionResult(
+                    caption="a",
+                    score=-1.0,
+                    log_prob=-3.0,
+                    candidates=(Candidate("a", -1.0, -3.0), Candidate("b", -2.5, -5.0)),
+                )
+            ] * len(pixels)
 
     write_images(job, 2)
     rows = make_units(job, make_manifest(job), pool, Two())
-    assert rows[1]["candidates"] == [{"caption": "a", "score": -1.0}, {"caption": "b", "score": -2.5}]
+    assert rows[1]["candidates"] == [
+        {"caption": "a", "score": -1.0, "log_prob": -3.0, "match": None},
+        {"caption": "b", "score": -2.5, "log_prob": -5.0, "match": None},
+    ]
 
 
 def test_whatever_happens_to_an_image_it_has_one_row(job: Job, pool: DecodePool) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import png_images, tiny_checkpoint, write_published
+from tiny import assert_same_results, png_images, tiny_checkpoint, write_published
 from torch import Tensor
 
-from raycap.captioner import Captioner
+from raycap.captioner import Captioner, check_finite
 from raycap.checkpoint import export_weights, save_checkpoint
 from raycap.errors import CheckpointError, UserError
 from raycap.image import decode_image, prepare_image
@@ -64,7 +64,9 @@ def test_an_image_has_the_same_caption_in_any_batch(captioner: Captioner, num_be
     for size in (2, 5, 24):
         batched = [r for first in range(0, 24, size) for r in captioner.caption(images[first : first + size], settings)]
         assert [result.caption for result in batched] == [result.caption for result in alone]
-        assert [[c for c, _ in r.candidates] for r in batched] == [[c for c, _ in r.candidates] for r in alone]
+        assert [[c.caption for c in r.candidates] for r in batched] == [
+            [c.caption for c in r.candidates] for r in alone
+        ]
         assert [r.score for r in batched] == pytest.approx([r.score for r in alone], rel=1e-4)
     backwards = captioner.caption(images[::-1], settings)[::-1]
     assert [result.caption for result in backwards] == [result.caption for result in alone]
@@ -101,11 +103,12 @@ def test_candidates_are_the_best_beams_best_first(captioner: Captioner) -> None:
         results = captioner.caption(images, replace(settings, num_candidates=num_candidates))
         for result, expected in zip(results, plain, strict=True):
             assert len(result.candidates) == num_candidates
-            assert result.candidates[0] == (result.caption, result.score) == (expected.caption, expected.score)
-            scores = [score for _, score in result.candidates]
+            assert result.candidates[0] == (result.caption, result.score, result.log_prob, None)
+            assert (result.caption, result.score) == (expected.caption, expected.score)
+            scores = [candidate.score for candidate in result.candidates]
             assert scores == sorted(scores, reverse=True)  # the rank is the score at a length penalty of 1
     greedy = captioner.caption(images, DecodeSettings(max_new_tokens=12, num_candidates=1))
-    assert all(result.candidates == ((result.caption, result.score),) for result in greedy)
+    assert all(result.candidates == ((result.caption, result.score, result.log_prob, None),) for result in greedy)
     better = [b.score > g.score for b, g in zip(plain, greedy, strict=True) if b.caption != g.caption]
     assert any(better)
 
@@ -114,7 +117,7 @@ def test_captions_longer_than_the_models_texts_are_refused_before_any_work(capti
     image = png_images(1)
     longest = DecodeSettings(max_new_tokens=64, min_new_tokens=64)  # position 64 of 64 is the last that is read
     assert captioner.caption(image, longest)[0].caption
-    sentence = r"max_new_tokens=65 behind the prompt '' \(1 tokens with the first\) is more than the 64 text .*; give at most 64"
+    sentence = r"max_new_tokens=65 behind the prompt '' \(tokens with the first: 1\) is more than the 64 text .*; give at most 64"
     for num_beams in (1, 2):
         settings = DecodeSettings(max_new_tokens=65, num_beams=num_beams)
         with pytest.raises(ValueError, match=sentence):
@@ -133,20 +136,17 @@ def test_no_images_have_no_captions(captioner: Captioner) -> None:
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_a_broken_model_gives_an_error_and_no_captions(num_beams: int) -> None:
+def test_a_broken_model_gives_errors_and_no_captions(num_beams: int) -> None:
     spec, model, _ = tiny_checkpoint()
     with torch.no_grad():
         model.vision_model.get_parameter("post_layernorm.bias")[0] = torch.inf
-    captioner = Captioner(model, spec, source="s3://models/broken")
     settings = DecodeSettings(max_new_tokens=5, num_beams=num_beams)
-    with pytest.raises(
-        CheckpointError, match=r"the model of 's3://models/broken' gives probabilities .* infinite or NaN"
-    ):
-        captioner.caption(png_images(2), settings)
-    # One rank of several must not raise alone: the others would wait for it.
-    pixels = np.zeros((2, 3, 32, 32), np.uint8)
-    results = captioner.caption_prepared(pixels, settings, all_finished=lambda finished: finished)
-    assert all(np.isnan(result.score) for result in results)
+    results = Captioner(model, spec).caption(png_images(2), settings)
+    assert [(result.caption, result.score, result.error_kind) for result in results] == [(None, None, "not_finite")] * 2
+    with pytest.raises(CheckpointError, match="infinite or NaN for all of 2 images"):
+        check_finite(["truncated", *(result.error_kind for result in results)])
+    check_finite(["not_finite", None, "not_finite"])
+    check_finite(["not_finite", "truncated"])  # of a single image nothing is concluded
 
 
 def test_bf16_computes_in_bf16_and_leaves_the_weights(captioner: Captioner) -> None:
@@ -205,6 +205,16 @@ def test_read_only_arrays_are_captioned_as_they_are(captioner: Captioner) -> Non
     assert all(isinstance(result, CaptionResult) for result in results)
 
 
+def test_prompts_and_batches_of_the_wrong_kind_are_refused(captioner: Captioner) -> None:
+    for prompts in ("abc", [None, "a", "b"]):
+        with pytest.raises(TypeError, match=r"prompts is .*; give a list with a text for each image"):
+            captioner.caption(png_images(3), prompts=prompts)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="micro_batch_size is -1; give at least 1"):
+        captioner.caption(png_images(3), micro_batch_size=-1)
+    with pytest.raises(ValueError, match="text tokens the model reads; give a shorter prompt"):
+        captioner.caption(png_images(1), prompts=["dog " * 100])
+
+
 def test_captioning_leaves_no_graph_and_the_model_as_it_was(captioner: Captioner) -> None:
     before = {name: tensor.clone() for name, tensor in captioner.model.state_dict().items()}
     seen: list[Tensor] = []
@@ -221,7 +231,7 @@ def test_a_loaded_captioner_is_the_saved_one(captioner: Captioner, tmp_path: Pat
     assert not loaded.model.training
     assert (loaded.verified, loaded.fingerprint) == (True, loaded.spec.fingerprint)
     assert len(loaded.fingerprint) == 64
-    assert loaded.caption(png_images(5)) == captioner.caption(png_images(5))
+    assert_same_results(loaded.caption(png_images(5)), captioner.caption(png_images(5)))
 
 
 def test_published_weights_are_captioned_with_and_named_unverified(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def help_of(job: str) -> str:
     result = subprocess.run(
         [sys.executable, f"jobs/{job}.py", "--help"],
         cwd=ROOT,
-        env={"PATH": "/usr/bin:/bin", "COLUMNS": "100", "HOME": "/home/you", "TERM": "dumb"},
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "COLUMNS": "100", "HOME": "/home/you", "TERM": "dumb"},
         capture_output=True,
         text=True,
         check=True,
@@ -68,6 +68,7 @@ def tree() -> str:
 TESTS = {
     "bench": "measurements: make bench; figures in LOG.md",
     "browser": "the pages in a real browser; skipped where there is none",
+    "decoding": "the search against transformers' generate(), enumeration and itself in other batches",
     "families": "models learnt by heart, imported, exported to plain transformers, damaged",
     "fuzz": "thousands of damaged images",
     "metrics": "our metrics against pycocoevalcap's",

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import assert_same_results
 
 from raycap.captioner import Captioner
 from raycap.checkpoint import (
@@ -20,6 +21,9 @@ from raycap.checkpoint import (
 from raycap.config import TrainConfig
 from raycap.decoding.protocol import CaptionModel
 from raycap.errors import CheckpointError
+from raycap.image import normalize
+from raycap.models.gpt2 import Projection
+from raycap.models.inference import fold_normalization
 from raycap.models.presets import PRESETS
 from raycap.schema import DecodeSettings
 from raycap.text import TextSpec, role_ids, save_tokenizer, train_wordpiece
@@ -73,7 +77,9 @@ def test_a_saved_model_says_what_it_said_with_and_without_its_seal(
     save_checkpoint(str(root), export_weights(model), spec, {"step": 1})
     loaded = Captioner.load(root)
     assert loaded.verified
-    assert loaded.caption_prepared(images(), settings) == expected
+    assert not any(type(module) is torch.nn.Linear for module in loaded.model.modules())  # see models/inference.py
+    assert all(m.weight.T.is_contiguous() for m in loaded.model.modules() if isinstance(m, Projection))
+    assert_same_results(loaded.caption_prepared(images(), settings), expected)
     again, weights = load_checkpoint(str(root))
     assert again.model_config["model_type"] == spec.kind
     assert (again.image, again.text) == (spec.image, spec.text)
@@ -89,6 +95,25 @@ def test_a_saved_model_says_what_it_said_with_and_without_its_seal(
     assert bare.image == replace(spec.image)
     captioner = Captioner(load_model(bare, weights, str(root)).eval(), bare)
     assert captioner.caption_prepared(images(), settings) == expected
+
+
+@pytest.mark.parametrize("architecture", TINY)
+def test_a_model_that_takes_bytes_sees_what_it_saw_normalised(architecture: str, tokenizer_folder: Path) -> None:
+    spec, model = start_of(architecture, tokenizer_folder)
+    model = model.double()
+    prompt, pixels = torch.tensor([spec.text.bos_id]), torch.tensor(images())
+    ids = torch.full((len(pixels),), spec.text.bos_id)
+
+    def logits_of(pixel_values: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return model.step(model.start(model.encode_image(pixel_values), prompt), ids)
+
+    expected = logits_of(normalize(pixels, spec.image).double())
+    folded = fold_normalization(model, spec.image)
+    assert folded is (spec.kind != "vgg_lstm")  # its first layer pads
+    seen = logits_of(pixels.double() if folded else normalize(pixels, spec.image).double())
+    torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-5)  # normalize() rounds to float32
+    assert not folded or not torch.allclose(logits_of(normalize(pixels, spec.image).double()), expected)
 
 
 @pytest.mark.parametrize("architecture", TINY)

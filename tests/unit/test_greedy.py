@@ -33,11 +33,18 @@ def pair_that_ends_captions() -> tuple[Blip, BlipForConditionalGeneration]:
 class Scripted:
     """A model that says given texts: each token has probability 1/2, all others share the rest."""
 
+    counts_prompt = True
+
     def __init__(self, texts: Sequence[Sequence[int]], vocab_size: int = 8) -> None:
         self.texts = texts
         self.vocab_size = vocab_size
         self.num_rows = len(texts)
         self.steps = 0
+        self.widths: list[int] = []
+
+    def keep(self, images: Tensor) -> None:
+        self.texts = [self.texts[image] for image in images.tolist()]
+        self.num_rows = len(self.texts)
 
     def start(self, *_: object) -> "Scripted":
         return self
@@ -47,6 +54,7 @@ class Scripted:
         for row, text in enumerate(self.texts):
             logits[row, text[min(self.steps, len(text) - 1)]] = torch.tensor(self.vocab_size - 1.0).log()
         self.steps += 1
+        self.widths.append(self.num_rows)
         return logits
 
 
@@ -64,7 +72,9 @@ def test_captions_of_different_lengths_equal_those_of_transformers(prompt: list[
     ours, published = pair_that_ends_captions()
     pixel_values, prompt_ids = images(24), torch.tensor(prompt)
     settings = DecodeSettings(max_new_tokens=15, min_new_tokens=min_new_tokens)
-    decoded = greedy(ours, ours.encode_image(pixel_values), prompt_ids, eos_id=EOS_ID, settings=settings)
+    decoded = [
+        best for best, *_ in greedy(ours, ours.encode_image(pixel_values), prompt_ids, eos_id=EOS_ID, settings=settings)
+    ]
 
     # transformers drops the last of input_ids, as its processor ends a prompt with [SEP]
     input_ids = torch.tensor([[*prompt, EOS_ID]]).repeat(len(pixel_values), 1)
@@ -81,7 +91,12 @@ def test_captions_of_different_lengths_equal_those_of_transformers(prompt: list[
 def test_the_score_is_the_mean_log_probability_with_the_end_token() -> None:
     ours, published = pair_that_ends_captions()
     pixel_values, settings = images(12), DecodeSettings(max_new_tokens=6)
-    decoded = greedy(ours, ours.encode_image(pixel_values), torch.tensor([BOS_ID, 7]), eos_id=EOS_ID, settings=settings)
+    decoded = [
+        best
+        for best, *_ in greedy(
+            ours, ours.encode_image(pixel_values), torch.tensor([BOS_ID, 7]), eos_id=EOS_ID, settings=settings
+        )
+    ]
     assert len({len(d.ids) == 6 for d in decoded}) == 2  # with and without an end token
     for pixels, caption in zip(pixel_values, decoded, strict=True):
         new_ids = [*caption.ids, EOS_ID][:6]
@@ -94,15 +109,26 @@ def test_the_score_is_the_mean_log_probability_with_the_end_token() -> None:
 
 def test_rows_stop_at_their_own_end_token_and_the_batch_when_all_have() -> None:
     model = Scripted([[5, 3], [5, 6, 7, 3], [3]])
-    decoded = greedy(model, None, torch.tensor([1]), eos_id=EOS_ID, settings=DecodeSettings(max_new_tokens=20))
+    decoded = [
+        best
+        for best, *_ in greedy(
+            model, None, torch.tensor([1]), eos_id=EOS_ID, settings=DecodeSettings(max_new_tokens=20)
+        )
+    ]
     assert [d.ids for d in decoded] == [(5,), (5, 6, 7), ()]
     assert [d.score for d in decoded] == pytest.approx([torch.tensor(0.5).log().item()] * 3)
     assert model.steps == 4
+    assert model.widths == [3, 3, 1, 1]  # what is finished leaves once it is half of the batch
 
 
 def test_a_caption_without_an_end_token_is_cut_at_max_new_tokens() -> None:
-    decoded = greedy(Scripted([[5]]), None, torch.tensor([1]), eos_id=EOS_ID, settings=DecodeSettings(max_new_tokens=4))
-    assert decoded == [Decoded((5, 5, 5, 5), pytest.approx(torch.tensor(0.5).log().item()))]
+    decoded = [
+        best
+        for best, *_ in greedy(
+            Scripted([[5]]), None, torch.tensor([1]), eos_id=EOS_ID, settings=DecodeSettings(max_new_tokens=4)
+        )
+    ]
+    assert decoded == [Decoded((5, 5, 5, 5), pytest.approx(4 * torch.tensor(0.5).log().item()), 4)]
 
 
 def test_a_rank_that_is_done_goes_on_until_all_ranks_are() -> None:
@@ -113,7 +139,7 @@ def test_a_rank_that_is_done_goes_on_until_all_ranks_are() -> None:
         asked.append(finished)
         return finished and len(asked) == 5
 
-    decoded = greedy(
+    ((decoded,),) = greedy(
         model,
         None,
         torch.tensor([1]),
@@ -123,4 +149,4 @@ def test_a_rank_that_is_done_goes_on_until_all_ranks_are() -> None:
     )
     assert asked == [False, True, True, True, True]
     assert model.steps == 5
-    assert [d.ids for d in decoded] == [(5,)]
+    assert decoded.ids == (5,)

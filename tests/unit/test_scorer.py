@@ -28,27 +28,27 @@ TEXTS = [["two dogs", "a red cat on the hill and two dogs under the kite"], ["bl
 
 @pytest.fixture
 def published(tmp_path: Path) -> tuple[Path, BlipForImageTextRetrieval]:
-    """A folder as transformers writes it, and its model; weights as wide as makes scores differ."""
+    return tmp_path / "published", write_scorer(tmp_path / "published")
+
+
+def write_scorer(
+    folder: Path, tokenizer: Tokenizer = TOKENIZER, size: int = 16, **processor: Any
+) -> BlipForImageTextRetrieval:
+    """A folder as transformers writes it, of its model; weights as wide as makes scores differ. size: of images, in pixels."""
     config = retrieval_config()
-    config.text_config.vocab_size, config.text_config.max_position_embeddings = TOKENIZER.get_vocab_size(), 64
+    config.text_config.vocab_size, config.text_config.max_position_embeddings = tokenizer.get_vocab_size(), 64
+    config.vision_config.image_size = size
     torch.manual_seed(0)
     model = BlipForImageTextRetrieval(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2)
-    folder = tmp_path / "published"
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name.lower() and "weight" in name else 0.0, 0.3)
     model.save_pretrained(folder)
-    size = config.vision_config.image_size
-    BlipImageProcessorPil(size={"height": size, "width": size}).save_pretrained(folder)
-    write_tokenizer(folder)
-    return folder, model
-
-
-def write_tokenizer(folder: Path) -> None:
-    bos_id, eos_id, pad_id = role_ids(TOKENIZER)
+    BlipImageProcessorPil(size={"height": size, "width": size}, **processor).save_pretrained(folder)
+    bos_id, eos_id, pad_id = role_ids(tokenizer)
     spec = TextSpec(prompt="", bos_id=bos_id, eos_id=eos_id, pad_id=pad_id, max_tokens=32)
-    folder.mkdir(exist_ok=True)
-    save_tokenizer(TOKENIZER, spec, str(folder))
+    save_tokenizer(tokenizer, spec, str(folder))
+    return model
 
 
 def scores_of_transformers(

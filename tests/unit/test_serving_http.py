@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from tiny import png_images
 
 from raycap.errors import ErrorKind, ImageError, RequestErrorKind
 from raycap.image import Prepared, prepare_bytes
-from raycap.schema import CaptionResult, DecodeSettings, ImageSpec
+from raycap.schema import Candidate, CaptionResult, DecodeSettings, ImageSpec
 from raycap.serving.door import Door, Limits, Refusal
 from raycap.serving.http import Served, build_http
 
@@ -47,8 +48,21 @@ class Told:
     async def caption(self, pixels: npt.NDArray[np.uint8], settings: DecodeSettings) -> tuple[CaptionResult, str, bool]:
         assert (pixels.dtype, pixels.shape) == (np.uint8, (3, 32, 32))
         words = f"{settings.num_beams} {settings.max_new_tokens} {settings.num_candidates}"
-        candidates = tuple((words, -0.5 - n) for n in range(settings.num_candidates))
-        return CaptionResult(caption=words, score=-0.5, candidates=candidates), SERVED.fingerprint, True
+        candidates = tuple(Candidate(words, -0.5 - n, -2.0 - n) for n in range(settings.num_candidates))
+        result = CaptionResult(caption=words, score=-0.5, log_prob=-2.0, candidates=candidates)
+        return result, SERVED.fingerprint, True
+
+
+class Requiring(Told):
+    """A captioner whose words take 3 tokens, and which finds no caption with them."""
+
+    async def served(self) -> Served:
+        decode = replace(SERVED.decode, num_beams=3, required_words=("red kite",))
+        return replace(SERVED, decode=decode, num_required_tokens=3)
+
+    async def caption(self, *_: Any) -> tuple[CaptionResult, str, bool]:
+        kind = ErrorKind.NO_SUCH_CAPTION.value
+        return CaptionResult(caption=None, error_kind=kind, error="no caption"), SERVED.fingerprint, True
 
 
 class Here:
@@ -104,6 +118,8 @@ def test_an_image_is_taken_as_the_body_whatever_image_type_it_claims(headers: li
     assert answer.json == {
         "caption": "1 12 0",
         "score": -0.5,
+        "log_prob": -2.0,
+        "match": None,
         "candidates": [],
         "width": width,
         "height": height,
@@ -186,6 +202,24 @@ def test_a_setting_that_is_unknown_or_out_of_bounds_is_refused_by_name(query: by
     assert BAD_QUERIES[query] in answer.json["error"]
 
 
+def test_words_that_the_server_requires_bound_what_a_request_may_say() -> None:
+    door = app(Requiring())
+    (model,) = ask(door, method="GET", path="/v1/models").json["models"]
+    assert (model["decode"]["required_words"], model["num_required_tokens"]) == (["red kite"], 3)
+    for query, sentence in (
+        (b"num_beams=1", "required_words are ('red kite',) and num_beams is 1"),
+        (b"max_new_tokens=2", "the words that the server requires in a caption take 3 tokens; ask for as many or more"),
+    ):
+        answer = ask(door, body=[PNG], query=query)
+        assert (answer.status, answer.error_kind) == (400, "bad_request")
+        assert sentence in answer.json["error"]
+
+
+def test_an_image_for_which_the_captioner_has_no_caption_answers_422_with_the_kind_of_its_result() -> None:
+    answer = ask(app(Requiring()), body=[PNG], query=b"max_new_tokens=3")
+    assert (answer.status, answer.json) == (422, {"error_kind": "no_such_caption", "error": "no caption"})
+
+
 BODIES = {
     "nothing": (b"", 422, "empty"),
     "HTML": (b"<!doctype html><html>", 422, "not_an_image"),
@@ -238,6 +272,17 @@ def test_without_a_captioner_the_process_is_healthy_but_not_ready() -> None:
         answer = ask(door, **request)
         assert (answer.status, answer.error_kind, answer.headers["retry-after"]) == (503, "unavailable", "1")
     assert ask(app(), method="GET", path="/readyz").json == {"status": "ready"}
+
+
+def test_an_image_that_the_model_has_no_caption_for_answers_422_with_its_kind() -> None:
+    class Overflowing(Told):
+        async def caption(self, *_: Any) -> tuple[CaptionResult, str, bool]:
+            result = CaptionResult(caption=None, error_kind="not_finite", error="the probabilities are infinite")
+            return result, SERVED.fingerprint, True
+
+    answer = ask(app(Overflowing()), body=[PNG])
+    assert (answer.status, answer.error_kind) == (422, "not_finite")
+    assert answer.json["error"] == "the probabilities are infinite"
 
 
 def every_answer() -> Iterable[tuple[str, str, Answer]]:

@@ -19,6 +19,7 @@ from tiny_gpt2 import (
 from torch import Tensor, nn
 from transformers import BertConfig, VisionEncoderDecoderConfig, VisionEncoderDecoderModel
 
+from raycap.models.absorbed import MAX_BEAMS
 from raycap.models.vit_gpt2 import TIED_NAMES, VitGpt2
 
 torch.set_num_threads(1)
@@ -235,7 +236,7 @@ def test_beams_go_on_from_the_rows_that_reorder_names() -> None:
     image = ours.encode_image(pixel_values)
     state = ours.start(image, prompt, beams=2)
     assert state.num_rows == 4
-    assert state.image is image
+    assert state.image.states_BTE is image.states_BTE
     ours.step(state, prompt[-1].expand(4))
     ours.step(state, torch.tensor([10, 11, 12, 13]))
     state.reorder(torch.tensor([1, 1, 3, 2]))
@@ -273,9 +274,9 @@ def test_cross_attention_keys_are_projected_once_per_image() -> None:
             module.register_forward_hook(lambda _module, _inputs, output: rows.append(len(output)))
     image = ours.encode_image(images(2))
     for _ in range(2):
-        state = ours.start(image, torch.tensor([BOS_ID, 7]), beams=3)
+        state = ours.start(image, torch.tensor([BOS_ID, 7]), beams=MAX_BEAMS + 1)
         for _ in range(4):
-            ours.step(state, torch.full((6,), 9))
+            ours.step(state, torch.full((2 * (MAX_BEAMS + 1),), 9))
     assert rows == [2, 2]  # two layers, each once, one row per image and none per beam
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -14,10 +15,20 @@ from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProc
 
 from raycap.checkpoint import CheckpointSpec
 from raycap.models.blip import Blip
-from raycap.schema import DecodeSettings, ImageSpec
+from raycap.schema import CaptionResult, DecodeSettings, ImageSpec
 from raycap.text import TextSpec, save_tokenizer, text_spec, train_wordpiece
 
 PAD_ID, EOS_ID = 0, 3
+
+
+def assert_same_results(got: list[CaptionResult], expected: list[CaptionResult]) -> None:
+    """Captions and errors to the letter; scores but for rounding."""
+    scores = [[r.score, r.log_prob, r.match, *(score for c in r.candidates for score in c[1:])] for r in expected]
+    assert [[r.score, r.log_prob, r.match, *(score for c in r.candidates for score in c[1:])] for r in got] == [
+        pytest.approx(of_image, abs=1e-4) for of_image in scores
+    ]
+    words = [(r.caption, [c.caption for c in r.candidates], r.error_kind, r.error) for r in expected]
+    assert [(r.caption, [c.caption for c in r.candidates], r.error_kind, r.error) for r in got] == words
 
 
 def tiny_blip_config(*, vocab_size: int = 60, label_smoothing: float = 0.0) -> BlipConfig:
