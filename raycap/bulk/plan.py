@@ -104,15 +104,13 @@ def make_job(config: CaptionBucketConfig, images: str, spec: CheckpointSpec, dty
 
 def decode_settings(config: CaptionBucketConfig, spec: CheckpointSpec) -> DecodeSettings:
     """The checkpoint's own settings, with what the user asked for. Raises ValueError if the model, or a scorer, has no use for them."""
-    settings = spec.settings(
+    return spec.settings(
         num_beams=config.num_beams,
         max_new_tokens=config.max_new_tokens,
         num_candidates=config.num_candidates,
         others=config.decode_settings,
+        for_scorer=bool(config.scorer),
     )
-    if config.scorer:
-        settings.check_choice()
-    return settings
 
 
 def read_plan(out: str) -> dict[str, Any]:

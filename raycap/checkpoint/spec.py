@@ -98,13 +98,23 @@ class CheckpointSpec:
         return sum(len(spellings[-1]) for spellings in required_ids(self.tokenizer, settings.required_words, banned))
 
     def settings(
-        self, *, num_beams: int = 0, max_new_tokens: int = 0, num_candidates: int = 0, others: str = ""
+        self,
+        *,
+        num_beams: int = 0,
+        max_new_tokens: int = 0,
+        num_candidates: int = 0,
+        others: str = "",
+        for_scorer: bool = False,
     ) -> DecodeSettings:
-        """The checkpoint's own, with these values, see DecodeSettings.override. Raises ValueError if they do not fit the model."""
+        """The checkpoint's own, with these values, see DecodeSettings.override. Raises ValueError if they do not fit the model, or
+        leave a scorer nothing to choose from.
+        """
         settings = self.decode.override(
             num_beams=num_beams, max_new_tokens=max_new_tokens, num_candidates=num_candidates, others=others
         )
         self.check_settings(settings)
+        if for_scorer:
+            settings.check_choice()
         return settings
 
 

@@ -83,12 +83,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
 
 
 def _settings(config: EvaluateConfig, spec: CheckpointSpec) -> DecodeSettings:
-    settings = spec.settings(
-        num_beams=config.num_beams, max_new_tokens=config.max_new_tokens, others=config.decode_settings
+    return spec.settings(
+        num_beams=config.num_beams,
+        max_new_tokens=config.max_new_tokens,
+        others=config.decode_settings,
+        for_scorer=bool(config.scorer),
     )
-    if config.scorer:
-        settings.check_choice()
-    return settings
 
 
 def _write(out: str, rows: list[Row], cider_by_key: dict[str, float], about: dict[str, Any]) -> None:

@@ -181,15 +181,13 @@ class CaptionerReplica:
 
 def decode_settings(config: ServeConfig, spec: CheckpointSpec) -> DecodeSettings:
     """What a request gets that asks for nothing else. Raises ValueError if the model, or a scorer, has no use for it."""
-    settings = spec.settings(
+    return spec.settings(
         num_beams=config.num_beams,
         max_new_tokens=config.max_new_tokens,
         num_candidates=config.num_candidates,
         others=config.decode_settings,
+        for_scorer=bool(config.scorer),
     )
-    if config.scorer:
-        settings.check_choice()
-    return settings
 
 
 def _served(captioner: Captioner, config: ServeConfig) -> Served:
