@@ -80,7 +80,7 @@ def greedy(
         ids_N = ids_N.where(open_N, eos_id)  # a finished row runs on until it is dropped, and says nothing more
         text_NL[rows_N, P + step] = ids_N
         log_probs_NV = logits_NV.log_softmax(dim=-1)
-        sums_N[rows_N] += log_probs_NV.gather(1, ids_N[:, None])[:, 0].double() * open_N
+        sums_N[rows_N] += log_probs_NV.gather(1, ids_N[:, None])[:, 0].double().where(open_N, 0.0)
         open_N = open_N & (ids_N != eos_id)
         open_B = open_N.view(-1, k).any(dim=1)
         num_open = int(open_B.sum())

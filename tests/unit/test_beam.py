@@ -203,6 +203,23 @@ def test_a_rank_that_is_done_goes_on_until_all_ranks_are_and_says_the_same() -> 
     assert ids_of(results) == ids_of(expected)
 
 
+def test_what_a_finished_row_would_go_on_with_does_not_matter() -> None:
+    ours, _ = pair_that_ends_captions(seed=3)
+    settings = DecodeSettings(max_new_tokens=16)
+    alone = [caption for (caption,) in captions(ours, images(20), [BOS_ID], settings)]
+    short, long = (choose(range(20), key=lambda i: alone[i].num_tokens) for choose in (min, max))
+    last = alone[short].num_tokens
+    assert last < alone[long].num_tokens
+
+    def break_it_behind_its_end(logits_NV: Tensor, step: int) -> Tensor:
+        return logits_NV.index_fill(0, torch.tensor([0]), torch.nan) if step >= last else logits_NV
+
+    batch = images(20)[[short, long, long, long]]  # the finished one stays: most are not
+    (found,), *_ = captions(Changed(ours, break_it_behind_its_end), batch, [BOS_ID], settings)
+    assert found.ids == alone[short].ids
+    assert found.log_prob == pytest.approx(alone[short].log_prob, rel=1e-4)
+
+
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize("step", [0, 2, 5])
 def test_a_probability_that_is_no_number_is_seen_in_the_score_of_its_image_alone(num_beams: int, step: int) -> None:
