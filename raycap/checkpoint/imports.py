@@ -32,7 +32,7 @@ from raycap.checkpoint.retrieval import load_scorer, save_scorer, scorer_spec
 from raycap.checkpoint.sealed import save_checkpoint
 from raycap.checkpoint.spec import CheckpointSpec, check_spec
 from raycap.checkpoint.towers import read_gpt2, read_vision_tower
-from raycap.checkpoint.weights import export_weights, load_model, read_weights
+from raycap.checkpoint.weights import export_weights, load_model, read_weights, settle_tied
 from raycap.config import ImportConfig
 from raycap.errors import CheckpointError, UserError
 from raycap.models import CaptionModel, build_model
@@ -170,7 +170,8 @@ def _published(folder: Path, weights: Weights, config: ImportConfig, say: Say) -
     _accept(config, "the weights of a folder with a config.json")
     spec, _ = published_spec(folder, str(folder))
     text = replace(spec.text, prompt=config.prompt)
-    spec = replace(spec, model_config=with_pooler(spec.model_config, weights), text=text, verified=True)
+    model_config, weights = settle_tied(with_pooler(spec.model_config, weights), weights)
+    spec = replace(spec, model_config=model_config, text=text, verified=True)
     say(f"configuration and tokenizer are those of {folder}")
     return spec, load_model(spec, weights, config.weights)
 

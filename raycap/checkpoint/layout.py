@@ -187,6 +187,27 @@ def with_pooler(config: Mapping[str, Any], names: Container[str]) -> dict[str, A
     return {**config, "encoder": encoder}
 
 
+_TIES = {  # the parts of config.json whose tie_word_embeddings ties the words; one that is true is enough
+    "blip": ("", "text_config"),
+    "clip_gpt2": ("", "text_config"),
+    "vision-encoder-decoder": ("decoder",),  # its own is about encoder and decoder, and always false
+}
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether the output layer and the word embeddings of a complete config are one tensor."""
+    parts = [config[name] if name else config for name in _TIES.get(config["model_type"], ())]
+    return any(part.get("tie_word_embeddings", True) for part in parts)
+
+
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a model whose output layer and word embeddings are two tensors, for transformers too."""
+    changed = dict(config)
+    for name in _TIES[config["model_type"]]:
+        changed |= {name: config[name] | {"tie_word_embeddings": False}} if name else {"tie_word_embeddings": False}
+    return changed
+
+
 def read_text_spec(config: Mapping[str, Any], source: str) -> TextSpec:
     """The roles of special tokens, from a complete config. Raises CheckpointError."""
     try:

@@ -10,7 +10,7 @@ from raycap.checkpoint.folder import local_copy, read_json, sha256_of_file, sha2
 from raycap.checkpoint.layout import complete_config, read_decode_settings, read_image_spec, read_text_spec, with_pooler
 from raycap.checkpoint.sealed import SEAL, load_checkpoint
 from raycap.checkpoint.spec import CheckpointSpec, check_spec
-from raycap.checkpoint.weights import INDEX, Weights, has_safetensors, read_and_hash, weight_files
+from raycap.checkpoint.weights import INDEX, Weights, has_safetensors, read_and_hash, settle_tied, weight_files
 from raycap.errors import CheckpointError
 from raycap.text import load_tokenizer
 
@@ -64,7 +64,8 @@ def local_folder(source: str, *, pickled: bool = False) -> Path:
 def _read_published(folder: Path, source: str, keep: bool) -> tuple[CheckpointSpec, Weights]:
     spec, digests = published_spec(folder, source)
     weights, fingerprint = read_published_weights(folder, source, digests, keep=keep)
-    return replace(spec, model_config=with_pooler(spec.model_config, weights), fingerprint=fingerprint), weights
+    model_config, weights = settle_tied(with_pooler(spec.model_config, weights), weights)
+    return replace(spec, model_config=model_config, fingerprint=fingerprint), weights
 
 
 def read_published_weights(

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 from raycap.checkpoint.folder import local_copy, new_folder, read_json, sha256_of_file, sha256_of_json, write_json
 from raycap.checkpoint.layout import code_files, hugging_face_files
 from raycap.checkpoint.spec import CheckpointSpec, check_spec
-from raycap.checkpoint.weights import Weights, read_file, write_weights
+from raycap.checkpoint.weights import Weights, read_file, settle_tied, write_weights
 from raycap.errors import CheckpointError
 from raycap.schema import DecodeSettings, ImageSpec
 from raycap.text import TextSpec, load_tokenizer, save_tokenizer
@@ -87,7 +87,8 @@ def load_checkpoint(root: str, *, keep: bool = True) -> tuple[CheckpointSpec, We
         weights: dict[str, Tensor] = {}
         for name in sorted(filter(_holds_weights, seal["files"])):  # a file that somebody added is nobody's word
             weights |= _read_verified(folder / name, seal["files"][name], root, keep)
-        return spec, weights
+        model_config, settled = settle_tied(spec.model_config, weights)
+        return replace(spec, model_config=model_config), settled
 
 
 def _writer(seal: Mapping[str, Any]) -> str:

@@ -67,7 +67,8 @@ def read_gpt2(source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if kind != "gpt2":
         raise CheckpointError(f"{source!r} is a model of type {shown(kind)}; give a GPT-2 as --text-decoder")
     model = _load(GPT2LMHeadModel, folder, source)
-    return model.config.to_dict(), dict(model.state_dict())
+    is_tied = model.lm_head.weight is model.transformer.wte.weight  # whatever its config.json says
+    return model.config.to_dict() | {"tie_word_embeddings": is_tied}, dict(model.state_dict())
 
 
 def _kind(folder: Path, source: str) -> Any:

@@ -18,9 +18,10 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from raycap.checkpoint.folder import in_short, read_json, shown
+from raycap.checkpoint.layout import is_tied, untied
 from raycap.checkpoint.spec import CheckpointSpec, check_spec
 from raycap.errors import CheckpointError
-from raycap.models import CaptionModel, build_model
+from raycap.models import TIED_NAMES, CaptionModel, build_model
 from raycap.models.gpt2 import MASK_BUFFER
 from raycap.models.vit_gpt2 import VitGpt2
 
@@ -47,10 +48,18 @@ DTYPES = {  # the format's names
 
 
 def write_weights(folder: Path, weights: Weights) -> None:
-    """model.safetensors, which everybody may read. Raises OSError, SafetensorError."""
-    save_file(
-        {name: tensor.contiguous() for name, tensor in weights.items()}, folder / WHOLE, metadata={"format": "pt"}
-    )
+    """model.safetensors, which everybody may read. Raises OSError, SafetensorError.
+
+    A tied tensor of BLIP stands in it under both names: transformers 4.26 to 4.55 do not tie them, and draw at random what they
+    do not find.
+    """
+    twice = {
+        second: weights[first].clone()
+        for second, first in TIED_NAMES["blip"].items()
+        if first in weights and second not in weights
+    }
+    tensors = {name: tensor.contiguous() for name, tensor in {**weights, **twice}.items()}
+    save_file(tensors, folder / WHOLE, metadata={"format": "pt"})
     (folder / WHOLE).chmod(0o644)  # the library writes 0600, which locks out others on shared storage
 
 
@@ -197,6 +206,11 @@ def load_model(spec: CheckpointSpec, weights: Weights, source: str) -> CaptionMo
             raise CheckpointError(
                 f"the weights of {source!r} are broken: {shown(name)} holds values that are infinite or NaN; choose another checkpoint"
             )
+        if found[id(own[name])] != name and not torch.equal(tensor, given[found[id(own[name])]]):
+            raise CheckpointError(
+                f"{name!r} and {found[id(own[name])]!r} in the weights of {source!r} differ, which its config.json makes one tensor; "
+                f"set tie_word_embeddings to false there"
+            )
         if found[id(own[name])] == name:
             frozen = isinstance(own[name], nn.Parameter) and not own[name].requires_grad
             loaded[id(own[name])] = nn.Parameter(single, requires_grad=not frozen)
@@ -206,6 +220,26 @@ def load_model(spec: CheckpointSpec, weights: Weights, source: str) -> CaptionMo
     model.load_state_dict({name: loaded[id(tensor)] for name, tensor in own.items()}, assign=True)
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())), "every parameter is in a file"
     return model
+
+
+def settle_tied(model_config: dict[str, Any], weights: Weights) -> tuple[dict[str, Any], Weights]:
+    """The config that says whether the two names of a tied tensor are one in these weights, and the weights, each tensor once.
+
+    transformers 4.26 to 4.55 trained BLIP's output layer apart from its word embeddings, and any folder may hold two
+    tensors where its config ties them: then the model has both, as in transformers 5. Weights on the meta device keep the config.
+    """
+    settled = dict(weights)
+    for second, first in TIED_NAMES[model_config["model_type"]].items():
+        if second not in weights or first not in weights:
+            continue
+        is_same = weights[second].is_meta or torch.equal(weights[second], weights[first])
+        if second.endswith(".bias"):  # the layer's own; the other name is read by nothing, in no version
+            settled[first] = settled.pop(second)
+        elif is_same and is_tied(model_config):
+            del settled[second]
+        elif not is_same:
+            model_config = untied(model_config)
+    return model_config, settled
 
 
 def _in_memory_of_its_own(tensor: Tensor, taken: set[int]) -> Tensor:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from raycap.models import blip, clip_gpt2, vit_gpt2
 from raycap.models.blip import Blip
 from raycap.models.clip_gpt2 import ClipGpt2
 from raycap.models.hub.registering import watch_imports
@@ -11,6 +12,13 @@ from raycap.models.vit_gpt2 import VitGpt2
 
 CaptionModel: TypeAlias = Blip | ClipGpt2 | VitGpt2 | VggLstm  # every kind there is
 KINDS = ("blip", "clip_gpt2", "vision-encoder-decoder", "vgg_lstm")  # "model_type" in config.json
+# Second name of a parameter -> its first, of those that a configuration may tie. Files know them by the same names.
+TIED_NAMES = {
+    "blip": blip.TIED_NAMES,
+    "clip_gpt2": clip_gpt2.TIED_NAMES,
+    "vision-encoder-decoder": vit_gpt2.TIED_NAMES,
+    "vgg_lstm": {},
+}
 watch_imports()
 
 

@@ -30,7 +30,7 @@ from raycap.models.loss import summed_token_loss
 if TYPE_CHECKING:
     from transformers import BlipConfig, BlipTextConfig, BlipVisionConfig
 
-TIED_NAMES = {  # second name of a parameter -> its first; both are in a state dict, the first alone in safetensors
+TIED_NAMES = {  # second name of a parameter -> its first; of the weights only where the configuration ties them
     "text_decoder.cls.predictions.decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight",
     "text_decoder.cls.predictions.decoder.bias": "text_decoder.cls.predictions.bias",
 }
@@ -300,9 +300,11 @@ class Blip(nn.Module):
         self.text_decoder = TextDecoder(text)
         _initialise(self.vision_model, vision.initializer_range)
         _initialise(self.text_decoder, text.initializer_range)
+        is_tied = config.tie_word_embeddings or text.tie_word_embeddings  # either is enough in transformers 5
         for second_name, name in TIED_NAMES.items():
             owner, _, attribute = second_name.rpartition(".")
-            setattr(self.get_submodule(owner), attribute, self.get_parameter(name))
+            if is_tied or attribute == "bias":
+                setattr(self.get_submodule(owner), attribute, self.get_parameter(name))
 
     def encode_image(self, pixel_values_B3SS: Tensor) -> ImageState:
         return ImageState(self.vision_model(pixel_values_B3SS))

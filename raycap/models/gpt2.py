@@ -27,7 +27,7 @@ from raycap.models.linear import Linear, is_sharded, linear
 if TYPE_CHECKING:
     from transformers import GPT2Config
 
-TIED_NAMES = {"lm_head.weight": "transformer.wte.weight"}  # second name -> first; safetensors hold the first alone
+TIED_NAMES = {"lm_head.weight": "transformer.wte.weight"}  # second name -> first, where the configuration ties them
 # Causal masks that transformers before 5 kept as buffers, still in many published files. They are no weights.
 MASK_BUFFER = re.compile(r"(^|\.)h\.\d+\.(attn|crossattention)\.(bias|masked_bias)$")
 
@@ -220,7 +220,8 @@ class Gpt2(nn.Module):
         self.transformer = TextBody(config)
         self.lm_head = LanguageHead(config.n_embd, config.vocab_size, bias=False)
         _initialise(self, config.initializer_range)
-        self.lm_head.weight = self.transformer.wte.weight
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings, (..., D), without positions. ids: int64, of any shape."""
@@ -255,8 +256,6 @@ def _check(config: "GPT2Config") -> None:
         raise ValueError(
             "this GPT-2 does not reorder attention, the configuration asks for reorder_and_upcast_attn=True"
         )
-    if not config.tie_word_embeddings:
-        raise ValueError("this GPT-2 ties lm_head to wte, the configuration asks for tie_word_embeddings=False")
 
 
 def _initialise(model: Gpt2, std: float) -> None:
@@ -266,5 +265,5 @@ def _initialise(model: Gpt2, std: float) -> None:
             # The last one of each residual path: 2 paths a layer, also where cross-attention is a third.
             scale = math.sqrt(2 * model.num_layers) if name.endswith("c_proj") else 1.0
             nn.init.normal_(module.weight, std=std / scale)
-        elif isinstance(module, nn.Embedding):
+        elif isinstance(module, nn.Embedding | LanguageHead):
             nn.init.normal_(module.weight, std=std)

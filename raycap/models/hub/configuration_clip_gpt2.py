@@ -52,7 +52,11 @@ class ClipGpt2Config(PretrainedConfig):
         self.freeze_vision = freeze_vision
         self.freeze_text = freeze_text
         self._check()
-        kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
+        if (
+            kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
+            != self.text_config.tie_word_embeddings
+        ):
+            raise ValueError("tie_word_embeddings and text_config.tie_word_embeddings differ; give both the same value")
         for role in ("bos_token_id", "eos_token_id", "pad_token_id"):  # where generate() looks for them
             kwargs.setdefault(role, getattr(self.text_config, role))
         super().__init__(**kwargs)
