@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from raycap.checkpoint.folder import in_short, read_json, shown
+from raycap.checkpoint.generation import generation_config
 from raycap.checkpoint.spec import CheckpointSpec
 from raycap.errors import CheckpointError
 from raycap.models import hub
-from raycap.schema import DecodeSettings, ImageSpec
+from raycap.schema import ImageSpec
 from raycap.text import TextSpec
 
 MAX_TOKENS = 40  # of a caption to train on: BLIP's (salesforce/BLIP, models/blip.py, forward)
@@ -22,7 +23,6 @@ ARCHITECTURES = {  # the one entry of "architectures" in config.json
     "vgg_lstm": "VggLstm",
 }
 SCORER = "BlipForImageTextRetrieval"  # in "architectures" of a model that captions nothing
-MOST_BEAMS = 100  # that generation_config.json may ask for: every image becomes as many rows
 _RESAMPLES = {2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
 _CROPS = {"resample": 3, "do_center_crop": True, "crop_size": 224}
 _DEFAULTS: dict[str, dict[str, Any]] = {  # of transformers' image processors, for what a file leaves out
@@ -51,7 +51,7 @@ def hugging_face_files(spec: CheckpointSpec) -> dict[str, dict[str, Any]]:
     if processor:
         image["processor_class"] = processor
     config = spec.model_config | {"architectures": [ARCHITECTURES[spec.kind]], "model_type": spec.kind}
-    files = {"generation_config.json": _generation(spec), "preprocessor_config.json": image}
+    files = {"generation_config.json": generation_config(spec), "preprocessor_config.json": image}
     if processor:
         files["processor_config.json"] = {"processor_class": processor, "image_processor": image}
     if spec.kind == "clip_gpt2":
@@ -83,23 +83,6 @@ def image_processor(image: ImageSpec, kind: str) -> dict[str, Any]:
         "image_mean": list(image.mean),
         "image_std": list(image.std),
     }
-
-
-def _generation(spec: CheckpointSpec) -> dict[str, Any]:
-    generation: dict[str, Any] = {
-        "bos_token_id": spec.text.bos_id,
-        "eos_token_id": spec.text.eos_id,
-        "pad_token_id": spec.text.pad_id,
-        "max_new_tokens": spec.decode.max_new_tokens,
-        "num_beams": spec.decode.num_beams,
-    }
-    if spec.kind == "vision-encoder-decoder":
-        generation["decoder_start_token_id"] = spec.text.bos_id
-    if spec.decode.min_new_tokens:
-        generation["min_new_tokens"] = spec.decode.min_new_tokens
-    if spec.decode.num_beams > 1:  # transformers warns of settings that its search does not use
-        generation |= {"length_penalty": spec.decode.length_penalty, "early_stopping": False}
-    return generation
 
 
 def is_scorer(config: Mapping[str, Any]) -> bool:
@@ -320,22 +303,3 @@ def _side(size: Any, *names: str) -> int | None:
         same = given.keys() == set(names) and all(value == given[names[0]] for value in given.values())
         size = given[names[0]] if same else None
     return size if type(size) is int and size > 0 else None
-
-
-def read_decode_settings(folder: Path, source: str) -> DecodeSettings:
-    """Of generation_config.json, if there is one. Raises CheckpointError."""
-    name = "generation_config.json"
-    given = read_json(folder / name, source) if (folder / name).exists() else {}
-    keys = ("max_new_tokens", "min_new_tokens", "num_beams", "length_penalty")
-    try:
-        settings = DecodeSettings(**{key: given[key] for key in keys if given.get(key) is not None})
-        for key in keys[:3]:
-            if type(getattr(settings, key)) is not int:
-                raise ValueError(f"{key} is {shown(given[key])}, which is no whole number")
-        if settings.num_beams > MOST_BEAMS:
-            raise ValueError(f"num_beams is {shown(settings.num_beams)}, and raycap takes {MOST_BEAMS} at most")
-    except (TypeError, ValueError, OverflowError) as error:
-        raise CheckpointError(
-            f"{name} of {source!r} cannot be followed: {in_short(error)}; correct it there"
-        ) from error
-    return settings

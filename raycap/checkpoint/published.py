@@ -7,11 +7,14 @@ from typing import Any
 
 from raycap import storage
 from raycap.checkpoint.folder import local_copy, read_json, sha256_of_file, sha256_of_json
-from raycap.checkpoint.layout import complete_config, read_decode_settings, read_image_spec, read_text_spec, with_pooler
+from raycap.checkpoint.generation import FILE as GENERATION
+from raycap.checkpoint.generation import read_generation
+from raycap.checkpoint.layout import complete_config, read_image_spec, read_text_spec, with_pooler
 from raycap.checkpoint.sealed import SEAL, load_checkpoint
 from raycap.checkpoint.spec import CheckpointSpec, check_spec
 from raycap.checkpoint.weights import INDEX, Weights, has_safetensors, read_and_hash, settle_tied, weight_files
 from raycap.errors import CheckpointError
+from raycap.schema import DecodeSettings
 from raycap.text import load_tokenizer
 
 
@@ -43,7 +46,7 @@ def _open(source: str, text: Mapping[str, Any], *, keep: bool = True) -> tuple[C
         spec, weights = load_checkpoint(root, keep=keep)
     else:
         with local_copy(root) as local:
-            spec, weights = _read_published(local, source, keep)
+            spec, weights = _read_published(local, source, text, keep)
     return replace(spec, text=replace(spec.text, **text)), weights
 
 
@@ -61,8 +64,8 @@ def local_folder(source: str, *, pickled: bool = False) -> Path:
     return folder
 
 
-def _read_published(folder: Path, source: str, keep: bool) -> tuple[CheckpointSpec, Weights]:
-    spec, digests = published_spec(folder, source)
+def _read_published(folder: Path, source: str, text: Mapping[str, Any], keep: bool) -> tuple[CheckpointSpec, Weights]:
+    spec, digests = published_spec(folder, source, text)
     weights, fingerprint = read_published_weights(folder, source, digests, keep=keep)
     model_config, weights = settle_tied(with_pooler(spec.model_config, weights), weights)
     return replace(spec, model_config=model_config, fingerprint=fingerprint), weights
@@ -80,21 +83,29 @@ def read_published_weights(
     return weights, sha256_of_json({**digests, **of_index, **of_weights})
 
 
-def published_spec(folder: Path, source: str) -> tuple[CheckpointSpec, dict[str, str]]:
-    """What a folder in Hugging Face's layout says beside its weights, and the sha256 (hex) of the files that say it."""
+def published_spec(
+    folder: Path, source: str, text: Mapping[str, Any] | None = None
+) -> tuple[CheckpointSpec, dict[str, str]]:
+    """What a folder in Hugging Face's layout says beside its weights, and the sha256 (hex) of the files that say it.
+
+    text: fields of TextSpec that the caller has instead of the folder's; max_length counts the prompt.
+    """
     model_config = complete_config(read_json(folder / "config.json", source), source)
     preprocessor, image = read_image_spec(folder, source)
     spec = CheckpointSpec(
         kind=model_config["model_type"],
         model_config=model_config,
         tokenizer=load_tokenizer(str(folder)),
-        text=read_text_spec(model_config, source),
+        text=replace(read_text_spec(model_config, source), **(text or {})),
         image=image,
-        decode=read_decode_settings(folder, source),
+        decode=DecodeSettings(),
         verified=False,
     )
     check_spec(spec, source)
-    return spec, {name: sha256_of_file(folder / name) for name in ("config.json", "tokenizer.json", preprocessor)}
+    spec = read_generation(spec, folder, source)
+    check_spec(spec, source)
+    names = ["config.json", "tokenizer.json", preprocessor, *([GENERATION] if (folder / GENERATION).exists() else [])]
+    return spec, {name: sha256_of_file(folder / name) for name in names}
 
 
 def _download_from_hub(name: str, weights: str) -> str:

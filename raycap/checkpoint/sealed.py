@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from raycap.checkpoint.card import model_card
 from raycap.checkpoint.folder import local_copy, new_folder, read_json, sha256_of_file, sha256_of_json, write_json
 from raycap.checkpoint.layout import code_files, hugging_face_files
 from raycap.checkpoint.spec import CheckpointSpec, check_spec
@@ -34,7 +35,7 @@ def save_checkpoint(root: str, weights: Weights, spec: CheckpointSpec, info: Map
             write_json(folder / name, content)
         for name, text in code_files(spec).items():
             (folder / name).write_text(text, encoding="utf-8")
-        (folder / "README.md").write_text(_model_card(spec, info))
+        (folder / "README.md").write_text(model_card(spec, info))
         files = {p.name: {"size": p.stat().st_size, "sha256": sha256_of_file(p)} for p in sorted(folder.iterdir())}
         seal = {
             "format_version": FORMAT_VERSION,
@@ -129,31 +130,3 @@ def _damaged(name: str, root: str) -> CheckpointError:
     return CheckpointError(
         f"checkpoint {root!r} is damaged: {name!r} is not the file its {SEAL} names by size and sha256; copy it again"
     )
-
-
-def _model_card(spec: CheckpointSpec, info: Mapping[str, Any]) -> str:
-    metrics = "\n".join(f"| {k} | {v:.4f} |" for k, v in info.get("metrics", {}).items() if isinstance(v, float))
-    ours_alone = spec.kind == "vgg_lstm"
-    library = "raycap" if ours_alone else "transformers"
-    source = ", ".join(map(str, info.get("imported_from", ())))
-    made = f"imported from {source} with" if source else "trained with"
-    step = "" if source else f", step {info.get('step', 'unknown')}"
-    size, shorter = spec.image.size, spec.image.shorter_side or spec.image.size
-    fit = {
-        "squash": f"resized to {size} x {size} pixels",
-        "crop": f"resized until their shorter side has {shorter} pixels, of which the middle {size} x {size} are kept",
-    }[spec.image.fit]
-    code = "\nPlain transformers loads it with `trust_remote_code=True`; raycap runs no code of a folder.\n"
-    return f"""---
-library_name: {library}
-pipeline_tag: image-text-to-text
-tags: [image-captioning, raycap]
----
-A {spec.kind} image captioner {made} raycap {version("raycap")}{step}.
-
-Images are {fit}. Prompt: {spec.text.prompt!r}.
-{code if spec.kind == "clip_gpt2" else ""}
-| metric | value |
-| --- | --- |
-{metrics}
-"""

@@ -64,7 +64,11 @@ def old_python(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     site = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target", str(site)]
     done = subprocess.run(
-        [*install, f"transformers=={request.param}", "numpy<2"], capture_output=True, text=True, timeout=300, check=False
+        [*install, f"transformers=={request.param}", "numpy<2"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     if done.returncode:
         pytest.skip(f"transformers {request.param} cannot be installed: {done.stderr.strip().splitlines()[-1:]}")
@@ -76,7 +80,10 @@ def captions_in(python: str, root: Path, family: str, num_steps: int = 0) -> lis
     spec, _ = open_checkpoint(str(root / family))
     mean, std = (np.array(values, np.float32).reshape(3, 1, 1) for values in (spec.image.mean, spec.image.std))
     images = [prepare_image(decode_image(data), spec.image) for data in png_images(NUM_IMAGES)]
-    np.save(root / f"{family}.npy", np.stack([(image / np.float32(255) - mean) / std for image in images]).astype(np.float32))
+    np.save(
+        root / f"{family}.npy",
+        np.stack([(image / np.float32(255) - mean) / std for image in images]).astype(np.float32),
+    )
     command = [python, "-c", SCRIPT, str(root), family, str(num_steps)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
