@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-from raycap.errors import EXIT_FAILURE, EXIT_USER_MISTAKE, RaycapError
+from raycap.errors import EXIT_FAILURE, EXIT_USER_MISTAKE, RaycapError, StorageError
 
 C = TypeVar("C")
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -105,4 +106,13 @@ def _write_status(out: str | None, name: str, state: str, code: int | None, erro
     from raycap import storage
 
     status = {"job": name, "state": state, "exit_code": code, "error": error}
-    storage.put(storage.join(out, "status.json"), (json.dumps(status, indent=2) + "\n").encode())
+    content = (json.dumps(status, indent=2) + "\n").encode()
+    url = storage.join(out, "status.json")
+    try:
+        storage.put(url, content)
+    except StorageError:
+        if code is not None and not storage.is_url(url) and Path(url).is_file():
+            with suppress(OSError), open(url, "r+b") as file:  # on a full disk: into the block that it has already
+                file.truncate(file.write(content))
+                return
+        raise

@@ -197,6 +197,18 @@ def tokenize(tokenizer: Tokenizer, spec: TextSpec, captions: Sequence[str]) -> l
     return [[*start, *ids[:room], spec.eos_id] for ids in _encode_all(tokenizer, texts)]
 
 
+def unknown_words(tokenizer: Tokenizer, spec: TextSpec, captions: Sequence[str]) -> tuple[float, list[str]]:
+    """The share of the captions' own tokens that stand for what the tokenizer does not know, and the words that hold them."""
+    unknown: int | None = tokenizer.token_to_id(getattr(tokenizer.model, "unk_token", None) or UNK)
+    if unknown is None:  # bytes spell everything
+        return 0.0, []
+    texts = [clean_caption(caption, spec.max_words, clean=spec.clean) for caption in captions]
+    rows = _encode_all(tokenizer, texts)
+    num_unknown = sum(row.count(unknown) for row in rows)
+    words = {word: None for text, row in zip(texts, rows, strict=True) if unknown in row for word in text.split()}
+    return num_unknown / max(1, sum(map(len, rows))), [word for word in words if unknown in _encode(tokenizer, word)]
+
+
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
     return ids

@@ -6,6 +6,7 @@ Hugging Face layout plus raycap.json, which is written last and names every file
 sharded state is not in here: it lies apart and serves only to resume training.
 """
 
+from raycap.checkpoint.folder import sha256_of_file
 from raycap.checkpoint.layout import complete_config, fresh_config
 from raycap.checkpoint.published import import_published, open_checkpoint, open_spec
 from raycap.checkpoint.sealed import SEAL, load_checkpoint, save_checkpoint
@@ -26,4 +27,5 @@ __all__ = [
     "open_checkpoint",
     "open_spec",
     "save_checkpoint",
+    "sha256_of_file",
 ]

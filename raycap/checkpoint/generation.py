@@ -84,12 +84,14 @@ def read_generation(spec: CheckpointSpec, folder: Path, source: str) -> Checkpoi
         return spec
     given = read_json(folder / FILE, source) if has_file else _of_config(read_json(folder / "config.json", source))
     given = {key: value for key, value in given.items() if value is not None}
-    roles = {} if spec.kind == "blip" else {field: given[key] for key, field in _ROLES.items() if key in given}
+    roles: dict[str, Any] = (
+        {} if spec.kind == "blip" else {field: given[key] for key, field in _ROLES.items() if key in given}
+    )
     ignored = [key for key, neutral in _NOT_FOLLOWED.items() if key in given and given[key] not in (neutral, [], {})]
     ignored += [key for key, field in _ROLES.items() if isinstance(roles.get(field), list) and len(roles[field]) != 1]
     roles = {field: value[0] if isinstance(value, list) else value for field, value in roles.items() if value != []}
     try:
-        text = replace(spec.text, **{field: int(value) for field, value in roles.items()})
+        text = replace(spec.text, **{field: _whole(field, value) for field, value in roles.items()})
         settings = _settings(given, _num_counted(spec, text), ignored)
     except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(
@@ -107,7 +109,9 @@ def read_generation(spec: CheckpointSpec, folder: Path, source: str) -> Checkpoi
 
 def _of_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """What generate() finds in a config.json: what stands at its top, then what its decoder's part says."""
-    part = next((config[name] for name in ("decoder", "text_config") if isinstance(config.get(name), dict)), {})
+    part: dict[str, Any] = next(
+        (config[name] for name in ("decoder", "text_config") if isinstance(config.get(name), dict)), {}
+    )
     return {**part, **{name: value for name, value in config.items() if value is not None}}
 
 
@@ -121,8 +125,8 @@ def _num_counted(spec: CheckpointSpec, text: TextSpec) -> int:
 def _settings(given: Mapping[str, Any], num_counted: int, ignored: list[str]) -> DecodeSettings:
     """The settings that generate() searches by. ignored: is told what they have no place for. Raises ValueError."""
     for name in ("max_new_tokens", "min_new_tokens", "max_length", "min_length", "num_beams", "top_k"):
-        if name in given and type(given[name]) is not int:
-            raise ValueError(f"{name} is {shown(given[name])}, which is no whole number")
+        if name in given:
+            _whole(name, given[name])
     chosen: dict[str, Any] = {name: given[name] for name in _SAME if name in given}
     if "max_new_tokens" not in given and "max_length" in given:
         chosen["max_new_tokens"] = given["max_length"] - num_counted
@@ -131,7 +135,7 @@ def _settings(given: Mapping[str, Any], num_counted: int, ignored: list[str]) ->
                 f"max_length is {given['max_length']}, and {num_counted} tokens stand in front of a caption already"
             )
     if "min_new_tokens" not in given and "min_length" in given:
-        most = chosen.get("max_new_tokens", DecodeSettings.max_new_tokens)
+        most = chosen.get("max_new_tokens", DecodeSettings().max_new_tokens)
         chosen["min_new_tokens"] = min(max(given["min_length"] - num_counted, 0), most)
     if given.get("num_beams", 1) > MOST_BEAMS:
         raise ValueError(f"num_beams is {shown(given['num_beams'])}, and raycap takes {MOST_BEAMS} at most")
@@ -142,5 +146,13 @@ def _settings(given: Mapping[str, Any], num_counted: int, ignored: list[str]) ->
     elif given.get("do_sample"):
         chosen |= {"do_sample": True, "top_k": SAMPLING_TOP_K}
         chosen |= {name: given[name] for name in _OF_SAMPLING if name in given}
-    floats = ("length_penalty", "repetition_penalty", "temperature", "top_p")
-    return DecodeSettings(**{n: float(v) if n in floats and type(v) is int else v for n, v in chosen.items()})
+    floats = {"length_penalty", "repetition_penalty", "temperature", "top_p"}
+    for name in floats & chosen.keys():
+        chosen[name] = float(chosen[name]) if type(chosen[name]) is int else chosen[name]
+    return DecodeSettings(**chosen)
+
+
+def _whole(name: str, value: Any) -> Any:
+    if type(value) is not int:
+        raise ValueError(f"{name} is {shown(value)}, which is no whole number")
+    return value

@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import ray
@@ -14,16 +13,20 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from raycap import cluster, storage
+from raycap.checkpoint import CheckpointSpec
 from raycap.config import TrainConfig, default_root
 from raycap.data.demo import find_or_make_demo
 from raycap.data.index import open_shards
 from raycap.errors import TrainingError, UserError
 from raycap.order import Plan
-from raycap.shards import Manifest, check_shards
+from raycap.schema import Sample
+from raycap.shards import Manifest, check_shards, read_run
+from raycap.text import unknown_words
 from raycap.training.loop import MAX_SKIPPED_KEYS
 from raycap.training.reshard import zero_3_refused
 from raycap.training.start import build_start, state_root
-from raycap.training.watch import Board, Display
+from raycap.training.states import NUM_KEPT, list_states
+from raycap.training.watch import Board, Display, read_records
 from raycap.training.worker import Data, build_plan, train_worker
 
 # What may differ when a run is resumed: what changes no result but its rounding, and what an error message asks to lower.
@@ -36,14 +39,15 @@ NEUTRAL_FIELDS = (
     "log_every",
     "checkpoint_every",
 )
+WORD_SHARDS, WORD_SAMPLES = 8, 32  # whose captions are shown to the tokenizer before a run starts
+MAX_UNKNOWN = 0.1  # of their tokens; names and emoji of real captions are under one in a hundred
 FREE_FIELDS = (*NEUTRAL_FIELDS, "lr", "clip_norm")
-SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of the states that it resumes from
 
 
 def train_captioner(config: TrainConfig) -> None:
     """Trains to the end, resuming what is in config.out. Raises UserError before anything ran, TrainingError after."""
     config = _with_demo(config)
-    num_parameters, num_trained = _sizes(config)  # a wrong --init-from is found here, before shards are indexed
+    spec, num_parameters, num_trained = _start(config)  # a wrong --init-from is found here, before shards are indexed
     train_manifest, val_manifest = _open_shards(config, "train"), _open_shards(config, "val")
     plan = build_plan(config, train_manifest)
     num_steps = plan.steps_per_epoch * config.epochs
@@ -58,6 +62,7 @@ def train_captioner(config: TrainConfig) -> None:
         return
     check_shards(train_manifest)
     check_shards(val_manifest)
+    _check_words(config, spec, train_manifest)
 
     use_gpu = _connect(config)
     storage.put(storage.join(config.out, "config.json"), (json.dumps(identity, indent=2) + "\n").encode())
@@ -72,7 +77,8 @@ def train_captioner(config: TrainConfig) -> None:
     num_cpus, store_bytes = share_of_data(config, ray.cluster_resources())  # type: ignore[no-untyped-call]
     data = Data(train=ray.put(train_manifest), val=ray.put(val_manifest), num_cpus=num_cpus, store_bytes=store_bytes)
     board: Any = Board.remote()  # type: ignore[attr-defined]  # ray.remote's types hide it
-    _drop_unlisted_states(state_root(config))
+    for sentence in list_states(state_root(config)):
+        print(sentence, flush=True)
     with Display(board, num_steps) as display:
         try:
             _trainer(config, board, data, use_gpu).fit()
@@ -81,16 +87,41 @@ def train_captioner(config: TrainConfig) -> None:
             raise TrainingError(message) from error
     if message := ray.get(board.error.remote()):
         raise TrainingError(message)
-    _drop_unlisted_states(state_root(config))
+    list_states(
+        state_root(config)
+    )  # a worker that died before Ray Train heard of its state left one that is not listed
     sizes = {"num_parameters": num_parameters, "num_trained_parameters": num_trained}
     _write_report(config, sizes, display, plan, (train_manifest, val_manifest), time.perf_counter() - begun)
 
 
-def _sizes(config: TrainConfig) -> tuple[int, int]:
-    """Parameters of the model at step 0, shared ones counted once, and how many of them are trained. Raises UserError."""
-    _, model = build_start(config)
+def _start(config: TrainConfig) -> tuple[CheckpointSpec, int, int]:
+    """Of step 0: the spec, the model's parameters, shared ones counted once, and how many of them are trained. Raises UserError."""
+    spec, model = build_start(config)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+    return spec, sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
+def _check_words(config: TrainConfig, spec: CheckpointSpec, manifest: Manifest) -> None:
+    """Raises UserError if the tokenizer does not know what the captions say: the model would learn to say nothing, at a low loss.
+
+    Looks at the first samples of a few shards.
+    """
+    shards = range(0, len(manifest.sizes), -(-len(manifest.sizes) // WORD_SHARDS))
+    runs = [read_run(manifest, n, 0, min(int(manifest.sizes[n]), WORD_SAMPLES)) for n in shards]
+    captions = [caption for run in runs for sample in run if isinstance(sample, Sample) for caption in sample.captions]
+    share, words = unknown_words(spec.tokenizer, spec.text, captions)
+    some = ", ".join(map(repr, words[:5]))
+    if share > MAX_UNKNOWN:
+        raise UserError(
+            f"{100 * share:.1f} % of the tokens of {len(captions)} captions in {config.train_shards!r} are unknown to the tokenizer of "
+            f"{config.init_from or config.tokenizer!r} (in {some}), more than {100 * MAX_UNKNOWN:.0f} %: the model would not learn to say "
+            f"them; choose a --tokenizer that knows their characters, or weights of their language as --init-from"
+        )
+    if words:
+        print(
+            f"{100 * share:.2f} % of the tokens of {len(captions)} captions are unknown to the tokenizer (in {some})",
+            flush=True,
+        )
 
 
 def _with_demo(config: TrainConfig) -> TrainConfig:
@@ -161,30 +192,11 @@ def _trainer(config: TrainConfig, board: Any, data: Data, use_gpu: bool) -> Torc
             name="state",
             storage_path=config.out.removeprefix("s3://"),
             storage_filesystem=_s3_filesystem() if storage.is_url(config.out) else None,
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            checkpoint_config=CheckpointConfig(num_to_keep=NUM_KEPT),
             # Ray's default would try again for ever what the cluster cannot schedule.
             failure_config=FailureConfig(max_failures=config.max_failures, controller_failure_limit=0),  # type: ignore[call-arg]  # v2's
         ),
     )
-
-
-def _drop_unlisted_states(root: str) -> None:
-    """Removes the states that Ray Train does not know of.
-
-    A worker writes a state and then reports it; if it dies before Ray's controller has asked for the report (every 2 s), the
-    run goes on from the state before, and Ray never removes the newer one.
-    """
-    names = storage.list_files(root) if storage.is_url(root) or Path(root).exists() else []
-    known: set[str] = set()
-    if SNAPSHOT in names:
-        try:
-            snapshot = json.loads(storage.read_bytes(storage.join(root, SNAPSHOT)))
-        except ValueError:  # Ray writes it in place, so a kill can cut it short; Ray says so when it reads it
-            return
-        known = {result["checkpoint_dir_name"] for result in snapshot["checkpoint_results"]}
-    for folder in sorted({name.partition("/")[0] for name in names if name.startswith("checkpoint_") and "/" in name}):
-        if folder not in known:
-            storage.remove_folder(storage.join(root, folder))
 
 
 def _finished(out: str, identity: dict[str, Any]) -> bool:
@@ -199,9 +211,12 @@ def _finished(out: str, identity: dict[str, Any]) -> bool:
     changes = {k: f"{k} {before.get(k)!r} -> {v!r}" for k, v in identity.items() if v != before.get(k)}
     finished = storage.exists(storage.join(out, "train.json"))
     if not changes.keys() <= set(NEUTRAL_FIELDS if finished else FREE_FIELDS):
+        more = (
+            f", with --init-from {storage.join(out, 'checkpoint')} to train on from its best step" if finished else ""
+        )
         raise UserError(
-            f"--out {out!r} holds a run with other settings ({', '.join(changes.values())}); repeat its command, or "
-            f"choose another --out"
+            f"--out {out!r} holds a {'finished ' if finished else ''}run with other settings ({', '.join(changes.values())}); repeat its "
+            f"command, or choose another --out{more}"
         )
     if identity["zero_stage"] == 3 and "num_workers" in changes and not finished:
         raise UserError(zero_3_refused(out, before["num_workers"], identity["num_workers"]))
@@ -220,19 +235,22 @@ def _write_report(
 ) -> None:
     """train.json. skipped: what a step could not use, once an epoch; left_out: what was known before the first step."""
     position, (train, val) = display.finished, manifests
+    records = read_records(config.out)
+    ciders = [record["cider"] for record in records if "cider" in record]
     num_steps = plan.steps_per_epoch * config.epochs
     report = {
         "num_steps": num_steps,
         **sizes,
         "best_step": position["best_step"],
         "best_cider": position["best_cider"],
+        "best_val_loss": position["best_val_loss"],
         "skipped_by_kind": position["skipped"],
         "skipped_keys": position["skipped_keys"],
         "left_out_by_kind": dict(Counter(kind for _, kind in train.skipped)),
         "left_out_keys": dict(train.skipped[:MAX_SKIPPED_KEYS]),
         "not_downloaded": train.failures,
         "val_skipped_keys": position["val_skipped_keys"] | dict(val.skipped[:MAX_SKIPPED_KEYS]),
-        "resumed_from": display.resumed_from,
+        "resumed_from": [record["resumed_from"] for record in records if "resumed_from" in record],
         "num_dropped_per_epoch": plan.num_dropped,
         "wall_s": round(wall_s, 1),
     }
@@ -241,9 +259,16 @@ def _write_report(
         f"trained {num_steps} steps in {wall_s:.0f} s; best CIDEr {position['best_cider']:.3f} at step {position['best_step']}; bad "
         f"samples, each once an epoch: {position['skipped'] or 'none'}; left out: {report['left_out_by_kind'] or 'none'}; bad "
         f"in the validation split: {len(position['val_skipped_keys']) + len(val.skipped)}; checkpoint: "
-        f"{config.out}/checkpoint",
+        f"{config.out}/checkpoint{_chosen_by_loss(ciders)}",
         flush=True,
     )
+
+
+def _chosen_by_loss(ciders: list[float]) -> str:
+    """What to say where CIDEr tells no step from another: of one image, or of texts that it cannot split into words, it is 0."""
+    if len(ciders) < 2 or len(set(ciders)) > 1:
+        return ""
+    return f"\nCIDEr was {ciders[0]:.3f} at each of the {len(ciders)} evaluations, so the best checkpoint is that of the lowest validation loss"
 
 
 def _s3_filesystem() -> Any:

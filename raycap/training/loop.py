@@ -26,13 +26,15 @@ DIGEST_BITS = 40  # sums of a few thousand stay exact in fp64
 class Position:
     """Where a run stands: what a checkpoint saves beside weights and optimizer state.
 
-    step: optimizer steps done. skipped: samples by error kind, one in several epochs several times. skipped_keys: the first
+    step: optimizer steps done. num_workers: that write its state, 0 where that is not known. skipped: samples by error kind, one in several epochs several times. skipped_keys: the first
     of them, key -> kind.
     """
 
     step: int = 0
     best_cider: float = -1.0
+    best_val_loss: float = math.inf
     best_step: int = 0
+    num_workers: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     skipped_keys: dict[str, str] = field(default_factory=dict)
 
@@ -98,12 +100,19 @@ def train(
             with watch.paused():
                 metrics = evaluate(step)
                 log({"step": step, **metrics})
-                if metrics["cider"] > position.best_cider:
-                    position.best_cider, position.best_step = metrics["cider"], step
+                if is_best(metrics, position):
+                    position.best_cider, position.best_val_loss = metrics["cider"], metrics["val_loss"]
+                    position.best_step = step
                     save_best(position, metrics)
         if step % config.checkpoint_every == 0 or step == num_steps:
             with watch.paused():
                 save(position)
+
+
+def is_best(metrics: Metrics, position: Position) -> bool:
+    """Whether an evaluation beats the best before it: by CIDEr, then by the lower validation loss, then as the later one."""
+    best = (position.best_cider, -position.best_val_loss)
+    return (metrics["cider"], -metrics["val_loss"]) >= best
 
 
 def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:

@@ -26,7 +26,7 @@ def check_state(folder: Path, stage: int, num_workers: int) -> None:
     """Raises CheckpointError if a file of the state is missing or cut short, or if `num_workers` cannot load it."""
     num_ranks = len(read_states(folder)) if stage else 1
     for rank in range(num_ranks if stage == 3 else 1):
-        _check_whole(folder / (f"zero_pp_rank_{rank}_{MODEL_FILE}" if stage == 3 else MODEL_FILE))
+        check_whole(folder / (f"zero_pp_rank_{rank}_{MODEL_FILE}" if stage == 3 else MODEL_FILE))
     if stage == 3 and num_ranks != num_workers:
         raise CheckpointError(zero_3_refused(str(folder), num_ranks, num_workers))
 
@@ -112,7 +112,7 @@ def _rank_file(folder: Path, rank: int) -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    _check_whole(path)
+    check_whole(path)
     try:
         # Pickles: DeepSpeed's own classes stand in them. A run wrote them into its --out, and nothing else reads them;
         # DeepSpeed's loader opens the file of the weights beside them in the same way.
@@ -122,7 +122,7 @@ def _read(path: Path) -> dict[str, Any]:
     return state
 
 
-def _check_whole(path: Path) -> None:
+def check_whole(path: Path) -> None:
     """A file of torch.save is a zip archive, whose directory is its end: without it, something was cut off."""
     if not path.is_file():
         raise CheckpointError(_not_usable(path, "is missing"))

@@ -4,6 +4,7 @@ import json
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -40,6 +41,16 @@ class Board:
         return records
 
 
+def read_records(out: str) -> list[Record]:
+    """The records of metrics.jsonl; a last line that a kill or a full disk cut short is none."""
+    url = storage.join(out, "metrics.jsonl")
+    records = []
+    for line in storage.read_bytes(url).splitlines() if storage.exists(url) else ():
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict) and "step" in record]
+
+
 class MetricsFile:
     """metrics.jsonl in the output root, one record a line. A resumed run drops what came after its checkpoint."""
 
@@ -47,8 +58,7 @@ class MetricsFile:
         self._url = storage.join(out, "metrics.jsonl")
         self._lines: list[str] = []
         if storage.exists(self._url):
-            lines = storage.read_bytes(self._url).decode().splitlines()
-            self._lines = [line for line in lines if json.loads(line)["step"] <= step]
+            self._lines = [json.dumps(record) for record in read_records(out) if record["step"] <= step]
         self._local = not storage.is_url(out)
         self.flush()
 
@@ -58,6 +68,13 @@ class MetricsFile:
         if self._local:
             with open(self._url, "a") as file:
                 file.write(line + "\n")
+
+    def resumed(self, step: int) -> Record:
+        """Notes that the run goes on from this step; returns the record."""
+        record = {"step": step, "resumed_from": step}
+        self.append(record)
+        self.flush()
+        return record
 
     def flush(self) -> None:
         """Object stores cannot append: there the whole file is written again, at checkpoints."""
@@ -80,8 +97,6 @@ class Display:
         self._num_steps = num_steps
         self.finished: Record = {}
         """The last record of a run that reached its end."""
-        self.resumed_from: list[int] = []
-        """Steps that the run went on from, one for every start but its first."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="raycap-display", daemon=True)
         self._console = Console()
@@ -120,7 +135,6 @@ class Display:
         if "finished" in record:
             self.finished = record
         elif "resumed_from" in record:
-            self.resumed_from.append(record["resumed_from"])
             self._console.print(f"resuming from step {record['resumed_from']}", highlight=False)
         elif self._live is None:
             show(record, lambda line: print(line, flush=True))

@@ -1,6 +1,7 @@
 """One Ray Train worker: sets up model, engine and stream, resumes from the last checkpoint, and runs the loop."""
 
 import json
+import os
 import shutil
 import tempfile
 import warnings
@@ -27,11 +28,12 @@ from raycap.shards import Manifest
 from raycap.training.engine import DeepSpeedEngine, Engine
 from raycap.training.loop import Metrics, Position, train
 from raycap.training.start import build_start
+from raycap.training.states import POSITION, seal_state
 from raycap.training.validate import Validator
 from raycap.training.watch import MetricsFile
 
-STATE_FILE = "position.json"
 KEPT_CHECKPOINTS = 2  # the last ones, beside the best
+_UNSAVED = "raycap-state-"  # then the process id of a worker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +81,9 @@ def _run(config: TrainConfig, board: Any, data: Data) -> None:
     spec, model = build_start(config)
     num_micro_steps = -(-rows_per_rank(config.global_batch_size, world) // config.micro_batch_size)
     engine = DeepSpeedEngine(model, config, device, num_micro_steps)
+    _sweep_states()
     position = _resume(engine)
-    if rank == 0 and position.step:
-        board.post.remote({"resumed_from": position.step})
+    position.num_workers = world
 
     train_manifest, val_manifest = ray.get(data.train), ray.get(data.val)
     plan = build_plan(config, train_manifest)
@@ -119,6 +121,8 @@ def _run(config: TrainConfig, board: Any, data: Data) -> None:
 
     augmented = replace(source, augment=AugmentSpec() if config.augment == "blip" else None)
     metrics_file = MetricsFile(config.out, position.step) if rank == 0 else None
+    if metrics_file and position.step:
+        board.post.remote(metrics_file.resumed(position.step))
     saver = _Saver(engine, config, spec, train_manifest.fingerprint, metrics_file)
     validator = Validator(engine, Captioner(model, spec, device), config.micro_batch_size)
 
@@ -150,7 +154,15 @@ def _resume(engine: Engine) -> Position:
         return Position()
     with checkpoint.as_directory() as name:
         engine.load_state(Path(name))
-        return Position(**json.loads((Path(name) / STATE_FILE).read_text()))
+        return Position(**json.loads((Path(name) / POSITION).read_text()))
+
+
+def _sweep_states() -> None:
+    """Removes what workers that were killed while they saved left in this node's temporary folder, as large as the state."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_UNSAVED}*"):
+        pid = path.name.removeprefix(_UNSAVED).partition("-")[0]
+        if pid.isdigit() and not Path("/proc", pid).exists() and Path("/proc").is_dir():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class _Saver:
@@ -173,10 +185,11 @@ class _Saver:
             _prune(root, KEPT_CHECKPOINTS)
         if self._metrics_file:
             self._metrics_file.flush()
-        with tempfile.TemporaryDirectory(prefix="raycap-state-") as name:
+        with tempfile.TemporaryDirectory(prefix=f"{_UNSAVED}{os.getpid()}-") as name:
             self._engine.save_state(Path(name))
             if self._engine.rank == 0:
-                (Path(name) / STATE_FILE).write_text(json.dumps(asdict(position)))
+                (Path(name) / POSITION).write_text(json.dumps(asdict(position)))
+            seal_state(Path(name), self._engine.rank)
             checkpoint = ray.train.Checkpoint.from_directory(name)
             ray.train.report({"step": position.step}, checkpoint=checkpoint)
 

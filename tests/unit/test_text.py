@@ -23,6 +23,7 @@ from raycap.text import (
     text_spec,
     tokenize,
     train_wordpiece,
+    unknown_words,
 )
 
 CAPTIONS = [
@@ -322,3 +323,14 @@ def test_a_name_that_the_hub_does_not_have_is_named(monkeypatch: pytest.MonkeyPa
         CheckpointError, match=r"'nobody/nothing' from the Hugging Face Hub: no network .*json; pass the"
     ):
         load_tokenizer("nobody/nothing")
+
+
+def test_words_that_the_tokenizer_does_not_know_are_counted_and_named() -> None:
+    tokenizer = train_wordpiece(["a dog runs over the hill"])
+    spec = text_spec(tokenizer)
+    assert unknown_words(tokenizer, spec, ["a dog runs", "over the hill"]) == (0.0, [])
+    share, words = unknown_words(tokenizer, spec, ["a dog 狗", "山 上"])
+    assert share == pytest.approx(3 / 5)
+    assert words == ["狗", "山", "上"]
+    bytes_alone = Tokenizer(models.BPE())
+    assert unknown_words(bytes_alone, spec, ["狗"]) == (0.0, [])

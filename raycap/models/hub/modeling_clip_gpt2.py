@@ -80,7 +80,7 @@ class ClipGpt2ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return CausalLMOutput(loss=loss, logits=logits_NLV)
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]  # the image comes first, as in transformers' own captioning models
+    def generate(  # type: ignore[override, unused-ignore]  # the image comes first, as in transformers' own captioning models
         self,
         pixel_values: Tensor,
         input_ids: Tensor | None = None,
