@@ -466,6 +466,10 @@ class CaptionBucketConfig:
     """Format of the files below data/."""
     suffixes: str = ".jpg,.jpeg,.png,.webp,.gif,.bmp,.tif,.tiff,.avif"
     """File names that count as images, upper or lower case; * takes every file. The content alone decides the format."""
+    leftovers: bool = False
+    """Take what programs leave beside images too: ._*, __MACOSX/, @eaDir/, .Trash*/, .ipynb_checkpoints/ and the like."""
+    max_error_rate: float = 0.05
+    """Share of the images that the storage may not give (unreadable); more is no success. Broken images are rows, in any number."""
     unit_size: int = 256
     """Images in one output file, which is written once and whole; a kill loses at most the units at work."""
 
@@ -504,6 +508,7 @@ class CaptionBucketConfig:
         _require_gpus(self.num_gpus)
         _require(self.decode_timeout_s > 0, f"--decode-timeout-s must be positive, got {self.decode_timeout_s}")
         _require(bool(self.suffixes.strip(" ,")), "--suffixes is empty; name some, or * for every file")
+        _require(0 <= self.max_error_rate <= 1, f"--max-error-rate must be in [0, 1], got {self.max_error_rate}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from enum import StrEnum
 
 EXIT_FAILURE = 1
 EXIT_USER_MISTAKE = 2
+EXIT_OUTAGE = 75  # EX_TEMPFAIL of sysexits.h: the same command may work later
 
 
 class ErrorKind(StrEnum):
@@ -73,6 +74,12 @@ class StorageError(UserError):
     """A path or URL does not hold, or does not accept, what was asked of it."""
 
 
+class StorageOutage(StorageError):
+    """A storage that has answered before does not answer any more. What was written stays; the same command goes on."""
+
+    exit_code = EXIT_OUTAGE
+
+
 class CheckpointError(UserError):
     """A checkpoint folder is missing, incomplete, damaged, or of a kind that is not loaded."""
 
@@ -81,8 +88,11 @@ class ImageError(RaycapError):
     """One image cannot be decoded. Never ends a run."""
 
     def __init__(self, kind: ErrorKind, message: str) -> None:
-        super().__init__(message)
+        super().__init__(kind, message)  # both, so that pickle makes it again
         self.kind = kind
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 class TrainingError(RaycapError):

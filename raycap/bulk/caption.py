@@ -42,13 +42,12 @@ def caption_bucket(config: CaptionBucketConfig) -> dict[str, Any]:
     begun = _check_begun(config, images, spec, scorer)
     if begun and storage.exists(storage.join(config.out, plan.SUCCESS)):
         return _finished(config.out, images, report)
-    entries, others = plan.list_images(images, config.out, plan.suffixes_of(config))
+    entries, others = plan.list_images(images, config.out, plan.suffixes_of(config), leftovers=config.leftovers)
     if others:
         report(f"other files below {images}, which get no row: {plan.describe_counts(others)}")
     device, dtype = _connect(config, images)
     job = plan.make_job(config, images, spec, dtype, scorer)
-    if not begun:
-        plan.check_readable(images, entries)
+    plan.check_readable(images, entries)  # of a run that goes on too: access may be gone since
     units.claim(storage.join(config.out, plan.PLAN), plan.make_plan(config, images, spec, dtype, scorer))
     load = functools.partial(
         load_captioner, checkpoint, spec.fingerprint, device, dtype, config.prompt, config.scorer, scorer
@@ -119,6 +118,7 @@ def _make(
             num_gpus=config.num_gpus if device == "cuda" else 0.0,
         )
     errors = verify.verify_units(job, manifest)
+    verify.check_unreadable(errors, manifest.num_rows, config.max_error_rate, config.out)
     summary = verify.seal(job, manifest.num_rows, errors, progress.elapsed_s)
     report(table(summary))
     report(f"wrote {summary['num_images']} rows to {storage.join(config.out, plan.DATA)}")

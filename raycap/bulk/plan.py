@@ -27,6 +27,17 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 PLAN, MANIFEST, SUCCESS, DATA = "job.json", "manifest.parquet", "_SUCCESS.json", "data"
 _UNIT = re.compile(r"unit-(\d{8})")
+# Of macOS, Synology and QNAP stores, Jupyter, and file managers; their names say that nobody meant them as images.
+_LEFTOVERS = {
+    "__MACOSX",
+    "@eaDir",
+    "#recycle",
+    "@Recycle",
+    ".ipynb_checkpoints",
+    ".thumbnails",
+    ".Spotlight-V100",
+    ".Trashes",
+}
 _PROBES = 16  # images that are read before a run starts: a bucket may be listed by more people than may read it
 
 
@@ -78,6 +89,7 @@ def make_plan(
         "prompt": spec.text.prompt,
         "dtype": dtype,
         **({"scorer": scorer} if scorer else {}),
+        **({"leftovers": True} if config.leftovers else {}),
         **decode,
     }
 
@@ -140,9 +152,18 @@ def check_roots(images: str, out: str) -> None:
         )
 
 
-def list_images(images: str, out: str, suffixes: Sequence[str]) -> tuple[list[Entry], Counter[str]]:
+def is_leftover(name: str) -> bool:
+    """Whether an operating system or program left this file beside the images: a copy of its resources, a deleted one, a preview."""
+    *folders, file = name.split("/")
+    return file.startswith("._") or any(folder in _LEFTOVERS or folder.startswith(".Trash") for folder in folders)
+
+
+def list_images(
+    images: str, out: str, suffixes: Sequence[str], *, leftovers: bool = False
+) -> tuple[list[Entry], Counter[str]]:
     """The images below the root, sorted by key, and how many other files there are by suffix. One listing.
 
+    leftovers: whether what is_leftover says is among the images.
     What lies below `out` is not counted: an output inside the images' root never lists itself. Raises StorageError if
     the root cannot be listed, UserError if there is no image.
     """
@@ -151,7 +172,9 @@ def list_images(images: str, out: str, suffixes: Sequence[str]) -> tuple[list[En
     for entry in storage.list_entries(images):
         if entry.name.startswith(own):
             continue
-        if "*" in suffixes or entry.name.lower().endswith(tuple(suffixes)):
+        if not leftovers and is_leftover(entry.name):
+            others["left by programs (._*, __MACOSX, .Trash and the like)"] += 1
+        elif "*" in suffixes or entry.name.lower().endswith(tuple(suffixes)):
             kept.append(entry)
         else:
             others[Path(entry.name).suffix.lower() or "no suffix"] += 1

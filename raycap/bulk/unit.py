@@ -3,6 +3,7 @@
 The tasks and actors of raycap/bulk/run.py call these functions; tests call them directly.
 """
 
+import functools
 import io
 import json
 import time
@@ -156,6 +157,8 @@ class _Reader:
         self.read_s = 0.0
         self._root = root
         self._looked = False  # whether the root was found well after an image could not be read
+        self._access = storage.AccessWatch()
+        self._refused, self._last = 0, None  # type: tuple[int, EntryError | None]  # images of the slice
 
     def slices(self, entries: Sequence[Entry]) -> Iterator[list[bytes | ImageError]]:
         """Bytes or error of each image, in order, in slices."""
@@ -174,6 +177,10 @@ class _Reader:
         begun = time.perf_counter()
         each = threads.map(self._read, entries) if storage.is_url(self._root) else map(self._read, entries)
         result = list(each)
+        if self._refused >= len(result) > 1:
+            assert self._last is not None
+            raise storage.lost(self._last)
+        self._refused = 0
         self.read_s += time.perf_counter() - begun
         return result
 
@@ -182,9 +189,14 @@ class _Reader:
             message = f"the image holds {entry.num_bytes} bytes, more than {MAX_BYTES}"
             return ImageError(ErrorKind.TOO_MANY_BYTES, message)
         try:
-            return storage.read_entry(self._root, entry)
+            data = storage.read_entry(self._root, entry)
+            self._access.worked(functools.partial(storage.read_entry, self._root, entry))
+            return data
         except EntryError as error:
             self._look(error)
+            if storage.is_refused(error):
+                self._access.check(error)
+                self._refused, self._last = self._refused + 1, error
             return ImageError(ErrorKind.UNREADABLE, str(error))
 
     def _look(self, error: EntryError) -> None:

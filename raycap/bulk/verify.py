@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from raycap import storage, units
 from raycap.bulk.plan import FORMAT_VERSION, SUCCESS, Job, rows_of
 from raycap.bulk.unit import count_kinds, decode_rows
-from raycap.errors import StorageError
+from raycap.errors import ErrorKind, StorageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,6 +28,16 @@ def verify_units(job: Job, manifest: "pa.Table") -> Counter[str]:
         for counts in pool.map(lambda unit: _verify_unit(job, manifest, unit), numbers):
             total += counts
     return total
+
+
+def check_unreadable(errors: Counter[str], num_images: int, max_error_rate: float, out: str) -> None:
+    """Raises StorageError if more images than this share could not be read. Those that can be read and are broken are no fault."""
+    num_unreadable = errors[ErrorKind.UNREADABLE]
+    if num_unreadable > max_error_rate * num_images:
+        raise StorageError(
+            f"{num_unreadable} of {num_images} images could not be read, more than --max-error-rate {max_error_rate}; their rows in "
+            f"{out!r} say why: bring the images back and choose another --out, or give a higher rate to keep these rows"
+        )
 
 
 def seal(job: Job, num_images: int, errors: Counter[str], seconds: float) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -132,9 +133,13 @@ def describe_kinds(kinds: Counter[str]) -> str:
 
 def _read_unit(unit: Unit, shrink: Shrink | None) -> list[Sample | Skip]:
     num_threads = READ_THREADS if any(storage.is_url(ref.url) for ref in unit.refs) else 1
+    access, refused = storage.AccessWatch(), list[StorageError]()
     with ThreadPoolExecutor(num_threads) as pool:
         numbers = range(len(unit.refs))
-        return list(pool.map(lambda i: _read(unit.refs[i], i in unit.repeated, shrink), numbers))
+        found = list(pool.map(lambda i: _read(unit.refs[i], i in unit.repeated, shrink, access, refused), numbers))
+    if len(refused) == len(found) > 1:
+        raise storage.lost(refused[0])
+    return found
 
 
 def _read_again(unit: RunUnit, shrink: Shrink | None) -> list[Sample | Skip]:
@@ -142,7 +147,10 @@ def _read_again(unit: RunUnit, shrink: Shrink | None) -> list[Sample | Skip]:
     return [_finish(s, shrink) if isinstance(s, Sample) else (printable(s.key), s.kind) for s in found]
 
 
-def _read(ref: SampleRef, repeated: bool, shrink: Shrink | None) -> Sample | Skip:
+def _read(
+    ref: SampleRef, repeated: bool, shrink: Shrink | None, access: storage.AccessWatch, refused: list[StorageError]
+) -> Sample | Skip:
+    """refused: is told of what access was refused to."""
     key = printable(ref.key)
     if repeated:
         return key, SampleErrorKind.DUPLICATE_KEY
@@ -152,9 +160,13 @@ def _read(ref: SampleRef, repeated: bool, shrink: Shrink | None) -> Sample | Ski
         return key, SampleErrorKind.NO_CAPTION
     try:
         data = storage.read_bytes(ref.url)
+        access.worked(partial(storage.read_range, ref.url, 0, min(1, len(data))))
     except StorageError as error:
         if not storage.is_fault_of_file(error):
             raise
+        if storage.is_refused(error):
+            access.check(error)
+            refused.append(error)
         return key, ErrorKind.UNREADABLE
     ext = PurePosixPath(ref.url).suffix.removeprefix(".")
     return _finish(Sample(key=ref.key, image=data, ext=ext, captions=ref.captions, image_id=ref.image_id), shrink)

@@ -75,10 +75,13 @@ class Refusal(Exception):
     def __init__(
         self, status: int, kind: ErrorKind | RequestErrorKind, message: str, headers: dict[str, str] | None = None
     ) -> None:
-        super().__init__(message)
+        super().__init__(status, kind, message, headers or {})  # all, so that pickle makes it again
         self.status = status
         self.kind = kind
         self.headers = headers or {}
+
+    def __str__(self) -> str:
+        return str(self.args[2])
 
     @property
     def body(self) -> bytes:

@@ -4,13 +4,15 @@ Owns every byte that enters or leaves storage, and turns what goes wrong into on
 what the bytes mean, nor which files make a finished output (raycap/units.py).
 
 S3 keys are used verbatim: no path is normalised, so `a//b`, `./x` and `trail/` are different files. Credentials, region
-and endpoint come from the environment only (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, roles).
+and endpoint come from the environment only (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, roles), and with
+RAYCAP_S3_ANONYMOUS=1 none are used, with RAYCAP_S3_REQUESTER_PAYS=1 the reader pays.
 """
 
-from raycap.storage.entry import Entry, EntryError
+from raycap.storage.entry import AccessWatch, Entry, EntryError, lost
 from raycap.storage.files import (
     exists,
     is_fault_of_file,
+    is_refused,
     is_url,
     join,
     put,
@@ -27,17 +29,20 @@ from raycap.storage.folders import download_folder, remove_folder, upload_folder
 from raycap.storage.listing import has_files, iter_names, list_entries, list_files
 
 __all__ = [
+    "AccessWatch",
     "Entry",
     "EntryError",
     "download_folder",
     "exists",
     "has_files",
     "is_fault_of_file",
+    "is_refused",
     "is_url",
     "iter_names",
     "join",
     "list_entries",
     "list_files",
+    "lost",
     "put",
     "put_new",
     "read_bytes",

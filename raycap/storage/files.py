@@ -1,12 +1,13 @@
 """One file at an absolute path or an s3:// URL: look up, read, create once, replace, remove."""
 
+import errno
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from raycap.errors import StorageError
 from raycap.storage import local, s3
-from raycap.storage.entry import Entry, EntryError
+from raycap.storage.entry import FORBIDDEN, Entry, EntryError
 
 CHUNK_BYTES = 8 * 2**20  # of one range read of a URL
 _READ_THREADS = 16
@@ -149,6 +150,14 @@ def is_fault_of_file(error: StorageError) -> bool:
     if isinstance(cause, OSError) and cause.errno is not None:
         return local.is_fault_of_file(cause)
     return isinstance(error, EntryError) or (isinstance(cause, Exception) and s3.error_code(cause) in s3.CHANGED_CODES)
+
+
+def is_refused(error: StorageError) -> bool:
+    """Whether access to the file was refused, or the disk failed: its neighbours may be no better off."""
+    cause = error.__cause__
+    if isinstance(cause, OSError):
+        return cause.errno in (errno.EACCES, errno.EPERM, errno.EIO)
+    return isinstance(cause, Exception) and s3.CHANGED_CODES.get(s3.error_code(cause)) == FORBIDDEN
 
 
 def put_new(url: str, data: bytes) -> bool:

@@ -37,10 +37,17 @@ def walk(folder: Path, name: str, above: tuple[Path, ...]) -> Iterator[tuple[str
         raise StorageError(f"cannot list '{folder}': it links to '{real}', which contains it; remove that link")
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_dir():
+            if _is_folder(entry):
                 yield from walk(Path(entry.path), f"{name}{entry.name}/", (*above, real))
             elif not entry.name.startswith(_TEMPORARY):
                 yield name + entry.name, entry
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def to_entry(name: str, found: "os.DirEntry[str]") -> Entry:

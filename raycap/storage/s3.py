@@ -6,24 +6,27 @@ would inherit dead, and one `put_object` is conditional for any body up to S3's 
 
 import os
 import random
+import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from raycap.errors import StorageError
-from raycap.storage.entry import FORBIDDEN, GONE, REPLACED, Entry
+from raycap.errors import StorageError, StorageOutage
+from raycap.storage.entry import ARCHIVED, FORBIDDEN, GONE, REPLACED, Entry
 
 T = TypeVar("T")
 
 _SCHEME = "s3://"
+ANONYMOUS, REQUESTER_PAYS = "RAYCAP_S3_ANONYMOUS", "RAYCAP_S3_REQUESTER_PAYS"  # set to 1: without credentials; we pay
 
 # Three attempts at 2.5 s with up to 3 s of backoff: an endpoint that nothing answers is reported after about 10 s.
 _CONNECT_TIMEOUT_S = 2.5
 _READ_TIMEOUT_S = 20.0
 _ATTEMPTS = 3
 _MAX_CONNECTIONS = 32
-# A server that answers "busy" is alive, so it is worth more patience than one that does not answer.
+# A server that answers "busy", or has answered before, is worth more patience than one that never did: 23 to 29 s.
 _BUSY_DELAYS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 _BUSY_CODES = frozenset(
     {"SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "OperationAborted", "RequestLimitExceeded"}
@@ -32,7 +35,8 @@ _BUSY_CODES = frozenset(
 # What a refused read says of the object itself.
 CHANGED_CODES = {
     **dict.fromkeys(("NoSuchKey", "404"), GONE),
-    **dict.fromkeys(("AccessDenied", "403", "InvalidObjectState"), FORBIDDEN),
+    **dict.fromkeys(("AccessDenied", "403"), FORBIDDEN),
+    "InvalidObjectState": ARCHIVED,
     **dict.fromkeys(("PreconditionFailed", "412"), REPLACED),
 }
 
@@ -73,7 +77,11 @@ def iter_entries(root: str) -> Iterator[Entry]:
         request["ContinuationToken"] = page["NextContinuationToken"]
 
 
-_clients: dict[tuple[str | None, ...], Any] = {}
+Environment = tuple[str | None, ...]
+_clients: dict[Environment, Any] = {}
+_answered: set[Environment] = set()  # where a request of this process has succeeded
+# The driver of a worker of Ray has had answers before it asked for the worker.
+_IN_WORKER = sys.argv[0].endswith("default_worker.py")
 _clients_lock = threading.Lock()
 
 
@@ -87,47 +95,84 @@ def _forget_clients() -> None:
 os.register_at_fork(after_in_child=_forget_clients)
 
 
-def _client() -> Any:
-    """One S3 client for this process and environment; it may be used by many threads."""
+def _environment() -> Environment:
     names = "AWS_ENDPOINT_URL AWS_ENDPOINT_URL_S3 AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_REGION"
-    environment = tuple(os.environ.get(name) for name in [*names.split(), "AWS_DEFAULT_REGION", "AWS_PROFILE"])
+    names += f" AWS_DEFAULT_REGION AWS_PROFILE {ANONYMOUS} {REQUESTER_PAYS}"
+    return tuple(os.environ.get(name) for name in names.split())
+
+
+def _client() -> Any:
+    """One S3 client for this process and environment; it may be used by many threads. Raises StorageError."""
+    environment = _environment()
     with _clients_lock:
         if environment not in _clients:
             import boto3.session
+            from botocore import UNSIGNED
             from botocore.config import Config
 
+            endpoint = _endpoint()
+            if "://" not in endpoint and endpoint != "AWS":
+                raise StorageError(
+                    f"AWS_ENDPOINT_URL is {endpoint!r}, which is no URL; write http://{endpoint} or https://{endpoint}"
+                )
             config = Config(
                 connect_timeout=_CONNECT_TIMEOUT_S,
                 read_timeout=_READ_TIMEOUT_S,
                 retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
                 max_pool_connections=_MAX_CONNECTIONS,
+                signature_version=UNSIGNED if os.environ.get(ANONYMOUS) else None,
             )
             # boto3's shared default session is not safe across threads; a session of our own is.
-            _clients[environment] = boto3.session.Session().client("s3", config=config)
+            client = boto3.session.Session().client("s3", config=config)
+            if os.environ.get(REQUESTER_PAYS):
+                client.meta.events.register("provide-client-params.s3", _pay)
+            _clients[environment] = client
         return _clients[environment]
 
 
+def _pay(params: dict[str, Any], model: Any, **_: Any) -> None:
+    """Says, of every request that may, that its sender pays."""
+    if "RequestPayer" in model.input_shape.members:
+        params.setdefault("RequestPayer", "requester")
+
+
+def _endpoint() -> str:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
+
+
 def call(action: str, url: str, request: Callable[[Any], T]) -> T:
-    """request(client), repeated while the server is busy; every failure becomes a StorageError about url."""
+    """request(client), repeated while a server that lives is busy or does not answer; every failure becomes a StorageError about
+    url, a StorageOutage if that lasts.
+    """
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
 
     for delay_s in (*_BUSY_DELAYS_S, None):
         try:
-            return request(_client())
+            answer = request(_client())
         except (ClientError, BotoCoreError, Boto3Error) as e:
-            if delay_s is None or not _is_passing(e):
-                raise StorageError(f"cannot {action} {url!r}: {_reason(e, url)}") from e
+            is_passing = _is_passing(e)
+            if delay_s is None or not is_passing:
+                kind = StorageOutage if is_passing else StorageError
+                raise kind(f"cannot {action} {url!r}: {_reason(e, url)}") from e
+        else:
+            _answered.add(_environment())
+            return answer
         time.sleep(delay_s * random.uniform(0.5, 1.0))  # jitter, so that a cluster does not come back in step
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 def _is_passing(e: Exception) -> bool:
     """Whether a living server may answer the same request differently in a moment."""
-    from botocore.exceptions import IncompleteReadError, ResponseStreamingError
 
-    # The latter two: botocore itself repeats no request whose answer broke off while its body was read.
-    return error_code(e) in _BUSY_CODES or isinstance(e, IncompleteReadError | ResponseStreamingError)
+    from botocore import exceptions as boto
+
+    # The first two: botocore itself repeats no request whose answer broke off while its body was read.
+    if error_code(e) in _BUSY_CODES or isinstance(e, boto.IncompleteReadError | boto.ResponseStreamingError):
+        return True
+    return isinstance(e, boto.HTTPClientError | boto.ConnectionError) and (
+        _IN_WORKER or _environment() in _answered
+    )  # refused, reset, closed, timed out
 
 
 def error_code(e: Exception) -> str:
@@ -142,7 +187,7 @@ def _reason(e: Exception, url: str) -> str:
     from botocore import exceptions as boto
 
     bucket, _ = bucket_key(url)
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
+    endpoint = _endpoint()
     code = error_code(e)
     if code == "NoSuchBucket":
         return f"bucket {bucket!r} does not exist at {endpoint}; create it or check the URL"
@@ -153,7 +198,13 @@ def _reason(e: Exception, url: str) -> str:
     if code in ("InvalidRange", "416"):
         return f"the object is shorter than expected ({code}); it was replaced since it was indexed, write it again"
     if isinstance(e, boto.NoCredentialsError | boto.PartialCredentialsError):
-        return f"there are no credentials for {endpoint}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-    if isinstance(e, boto.EndpointConnectionError | boto.ConnectTimeoutError | boto.ReadTimeoutError):
+        where = f" on the Ray node {socket.gethostname()!r}, and start Ray there again" if _IN_WORKER else ""
+        return (
+            f"there are no credentials for {endpoint}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY{where}, or {ANONYMOUS}=1 for a "
+            f"public bucket"
+        )
+    if isinstance(e, boto.HTTPClientError | boto.ConnectionError):
+        if _is_passing(e):
+            return f"{endpoint} has stopped answering ({type(e).__name__}); run the same command again when it does"
         return f"nothing answers at {endpoint} ({type(e).__name__}); check AWS_ENDPOINT_URL and the network"
     return f"{endpoint} answers {code or type(e).__name__} ({e}); check AWS_ENDPOINT_URL and try again"

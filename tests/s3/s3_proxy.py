@@ -1,6 +1,7 @@
 """A proxy in front of the S3 server, as its own process: fails a share of requests and delays chosen ones, when told to.
 
 `python s3_proxy.py PORT UPSTREAM_PORT`. GET /_faults?fail_every=20&slow=shard-00003&slow_s=2&range_s=0.1 sets the faults:
+deny_after=N refuses all reads of objects after N of them with 403, and down_s=S closes every connection without an answer for S s;
 every 20th request fails, by turns with an answer 503 and with a connection closed without one; reads of shard-00003 take 2 s
 longer, other range reads 0.1 s. Every answer of /_faults is the JSON of what was done since the last: {"requests", "failed",
 "slowed"}, and of range reads {"most_at_once", "first_s", "last_s"}, the last two by a clock.
@@ -23,7 +24,8 @@ class Proxy(BaseHTTPRequestHandler):
     lock = threading.Lock()
     faults: dict[str, str] = {}  # noqa: RUF012  # one set for the process
     counts: dict[str, float] = dict.fromkeys(("requests", "failed", "slowed", "most_at_once", "first_s", "last_s"), 0)
-    at_once = 0
+    at_once = reads = 0
+    down_until = 0.0
 
     def handle_any(self) -> None:
         body = self.read_body()
@@ -35,13 +37,20 @@ class Proxy(BaseHTTPRequestHandler):
             every = int(self.faults.get("fail_every", 0))
             turn = self.counts["requests"] // every if every and self.counts["requests"] % every == 0 else 0
             self.counts["failed"] += bool(turn)
+            is_read = self.command == "GET" and "list-type" not in self.path
+            Proxy.reads += is_read
+            denied = is_read and self.reads > int(self.faults.get("deny_after", 10**9))
             slow = "slow" in self.faults and self.faults["slow"] in self.path and self.command == "GET"
             self.counts["slowed"] += slow
         if slow:
             time.sleep(float(self.faults["slow_s"]))
         elif "Range" in self.headers:
             self.sleep_in_range(float(self.faults.get("range_s", 0)))
-        if turn % 2:
+        if time.monotonic() < self.down_until:
+            self.close_connection = True
+        elif denied:
+            self.answer(403, {}, b"<Error><Code>AccessDenied</Code><Message>no longer</Message></Error>")
+        elif turn % 2:
             self.answer(503, {}, b"<Error><Code>SlowDown</Code><Message>reduce your rate</Message></Error>")
         elif turn:
             self.close_connection = True
@@ -94,7 +103,8 @@ class Proxy(BaseHTTPRequestHandler):
     def control(self) -> None:
         query = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(self.path).query))
         with self.lock:
-            Proxy.faults, done = query, dict(self.counts)
+            Proxy.faults, done, Proxy.reads = query, dict(self.counts), 0
+            Proxy.down_until = time.monotonic() + float(query.get("down_s", 0))
             self.counts.update(dict.fromkeys(self.counts, 0))
         self.answer(200, {}, json.dumps(done).encode())
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from s3_server import BUCKET, client
+from s3_server import BUCKET, client, faults
 from tiny import png_images, tiny_checkpoint
 
 from raycap import storage
@@ -116,6 +116,23 @@ def test_an_image_that_is_forbidden_is_a_row_and_a_storage_that_forbids_all_ends
         monkeypatch.setattr(s3, "_client", lambda: Forbids(inner, ("list_objects_v2",)))
         with pytest.raises(StorageError, match=rf"^cannot list '{root}': .* refuses access \(AccessDenied\)"):
             unit.prepare_unit(job, 0, manifest, pool)
+
+
+def test_a_role_that_expires_half_way_ends_the_run_and_no_unit_of_refused_images_is_written(s3_endpoint: str) -> None:
+    root = f"{ROOT}/expires"
+    write(root, KEYS)
+    job = make_job(root, f"{ROOT}/expires-out")
+    manifest = plan.create_manifest(job.out, plan.list_images(root, job.out, ["*"])[0])
+    with DecodePool() as pool:
+        for number_read in (0, 2):
+            with (
+                faults(s3_endpoint, deny_after=number_read),
+                pytest.raises(StorageError, match="access to other files there"),
+            ):
+                unit.prepare_unit(job, 0, plan.rows_of(job, manifest, 0), pool)
+        assert not any(
+            row["error_kind"] for row in unit.prepare_unit(job, 0, plan.rows_of(job, manifest, 0), pool).rows
+        )
 
 
 def test_roots_that_cannot_be_captioned_are_refused_with_a_sentence(s3_endpoint: str) -> None:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from s3_server import BUCKET, PAGE, client, free_port, run_s3_server
+from s3_server import BUCKET, PAGE, client, faults, free_port, run_s3_server
 
 from raycap import storage, units
 from raycap.data import prepare
 from raycap.data.pack import Packed
 from raycap.data.spill import Unit
-from raycap.errors import StorageError
+from raycap.errors import StorageError, StorageOutage
 from raycap.shards import read_manifest, read_run
 from raycap.storage import files, folders, s3
 
@@ -312,6 +312,63 @@ def test_an_endpoint_that_drops_connections_fails_after_its_attempts(
             storage.exists(f"{ROOT}/x")
         for waiting in queued:
             waiting.close()
+
+
+def test_a_storage_that_stops_answering_is_waited_for_and_then_an_outage(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "_BUSY_DELAYS_S", (0.5, 0.5, 0.5, 0.5))
+    storage.put(f"{ROOT}/there", b"1")
+    with faults(endpoint, down_s=1.5):  # longer than botocore's own attempts
+        assert storage.read_bytes(f"{ROOT}/there") == b"1"
+    monkeypatch.setattr(s3, "_BUSY_DELAYS_S", (0.01,))
+    with faults(endpoint, down_s=60), pytest.raises(StorageOutage, match="has stopped answering") as caught:
+        storage.read_bytes(f"{ROOT}/there")
+    assert caught.value.exit_code == 75
+
+
+def test_an_endpoint_without_a_scheme_is_refused_with_the_url_to_write(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost:9000")
+    with pytest.raises(
+        StorageError, match="AWS_ENDPOINT_URL is 'localhost:9000', which is no URL; write http://localhost:9000"
+    ):
+        storage.list_files(f"{ROOT}/x")
+
+
+def test_public_and_requester_pays_buckets_are_read_by_a_setting(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client().put_object(Bucket=BUCKET, Key="public", Body=b"1", ACL="public-read")
+    sent: list[Any] = []
+    monkeypatch.setenv("RAYCAP_S3_REQUESTER_PAYS", "1")
+    s3._client().meta.events.register("before-send.s3", lambda request, **_: sent.append(request.headers))
+    assert storage.read_bytes(f"{ROOT}/public") == b"1"
+    assert storage.list_files(ROOT)
+    assert {headers["x-amz-request-payer"] for headers in sent} == {b"requester"}
+    monkeypatch.delenv("RAYCAP_S3_REQUESTER_PAYS")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("RAYCAP_S3_ANONYMOUS", "1")
+    s3._client().meta.events.register("before-send.s3", lambda request, **_: sent.append(request.headers))
+    sent.clear()
+    assert storage.read_bytes(f"{ROOT}/public") == b"1"
+    assert all("Authorization" not in headers for headers in sent)
+
+
+def test_a_worker_without_credentials_says_that_the_node_lacks_them(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "_IN_WORKER", True)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    with pytest.raises(
+        StorageError, match=r"set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY on the Ray node '.*', and start Ray"
+    ):
+        storage.read_bytes(f"{ROOT}/x")
 
 
 def test_missing_credentials_are_named(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,11 @@
 """raycap/bulk without Ray: what is listed and refused, one row per image whatever happens to it, what verification finds."""
 
+import errno
 import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,79 @@ def test_a_root_that_can_be_listed_but_not_read_is_refused_at_once(job: Job) -> 
         UserError, match=r"none of 3 images .* can be read, the first: cannot read .*it was listed but is"
     ):
         plan.check_readable(job.images, entries)
+
+
+LEFTOVERS = (
+    "._a.jpg",
+    "x/._b.png",
+    "__MACOSX/a.jpg",
+    "a/@eaDir/c.jpg",
+    ".Trash-1000/files/d.jpg",
+    ".ipynb_checkpoints/e.png",
+)
+
+
+def test_what_programs_leave_beside_images_gets_no_row_unless_it_is_asked_for(job: Job) -> None:
+    for name in (*LEFTOVERS, "a.jpg", ".b.jpg", "my__MACOSX/c.jpg"):
+        storage.put(f"{job.images}/{name}", b"12")
+    kept, others = plan.list_images(job.images, job.out, [".jpg", ".png"])
+    assert [entry.name for entry in kept] == [".b.jpg", "a.jpg", "my__MACOSX/c.jpg"]
+    assert others.total() == len(LEFTOVERS)
+    assert "left by programs" in plan.describe_counts(others)
+    assert len(plan.list_images(job.images, job.out, [".jpg", ".png"], leftovers=True)[0]) == len(LEFTOVERS) + 3
+
+
+def test_a_link_to_itself_is_a_row_with_its_error(job: Job, pool: DecodePool) -> None:
+    names = write_images(job, 3)
+    Path(job.images, "self.jpg").symlink_to("self.jpg")
+    rows = make_units(job, make_manifest(job), pool)
+    assert [row["key"] for row in rows] == sorted([*names, "self.jpg"])
+    (bad,) = [row for row in rows if row["error_kind"]]
+    assert (bad["key"], bad["error_kind"]) == ("self.jpg", "unreadable")
+
+
+def refuse_reads(monkeypatch: pytest.MonkeyPatch, refuses: Callable[[str], bool]) -> None:
+    """Reading a file that `refuses` says yes to fails as for want of rights, which root has for all files."""
+    real = os.open
+
+    def fail(path: Any, *args: Any, **kwargs: Any) -> int:
+        if refuses(str(path)):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", fail)
+
+
+def test_access_that_is_lost_half_way_ends_the_run_and_a_few_refused_images_are_rows(
+    job: Job, pool: DecodePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = write_images(job, 10)
+    manifest = make_manifest(job)
+    refuse_reads(monkeypatch, lambda path: path.endswith(names[3]))
+    rows = unit.prepare_unit(job, 0, plan.rows_of(job, manifest, 0), pool).rows
+    assert [row["error_kind"] for row in rows] == [None, None, None, "unreadable"]
+    before: list[str] = []
+
+    def after_two(path: str) -> bool:
+        if path.endswith(tuple(names)):
+            before.append(path)
+        return len(before) > 2 and path.endswith(tuple(names))
+
+    refuse_reads(monkeypatch, after_two)
+    with pytest.raises(
+        StorageError, match=r"access to it is refused .*, and so is access to other files there; restore it"
+    ):
+        unit.prepare_unit(job, 0, plan.rows_of(job, manifest, 0), pool)
+    refuse_reads(monkeypatch, lambda path: path.endswith(tuple(names)))
+    with pytest.raises(StorageError, match="access to other files there"):
+        unit.prepare_unit(job, 1, plan.rows_of(job, manifest, 1), pool)
+
+
+def test_more_unreadable_images_than_the_rate_allows_are_no_success() -> None:
+    errors = Counter(unreadable=6, not_an_image=90)
+    verify.check_unreadable(errors, 100, 0.06, "/out")
+    with pytest.raises(StorageError, match=r"6 of 100 images could not be read, more than --max-error-rate 0.05"):
+        verify.check_unreadable(errors, 100, 0.05, "/out")
 
 
 # ---- manifest and plan
