@@ -118,7 +118,11 @@ class Prepared:
 
 
 def prepare_given(image: EncodedImage | Pixels, spec: ImageSpec) -> Pixels:
-    """uint8 (3, S, S) of encoded bytes or of a uint8 RGB array. Raises ImageError."""
+    """uint8 (3, S, S) of encoded bytes or of a uint8 RGB array. Raises ImageError.
+
+    For programs, whose memory it keeps as the jobs' processes do: see keep_freed_memory.
+    """
+    keep_freed_memory()
     return prepare_image(image, spec) if isinstance(image, np.ndarray) else prepare_bytes(bytes(image), spec).pixels
 
 
@@ -163,7 +167,7 @@ def load_rgb(data: bytes, at_least: int | None = None) -> Image.Image:
 
 @cache
 def keep_freed_memory() -> None:
-    """Lets this process reuse the memory of one image for the next: for processes that do little else than decode.
+    """Lets this process reuse the memory of one image for the next, for the price of up to 64 MB that it holds.
 
     By default glibc may give some megabytes back to the kernel after each image, and page faults then cost more than
     decoding: 3.7 of 7.5 ms for a photograph at 384 pixels in a Ray worker. Without glibc nothing is done.

@@ -1,27 +1,48 @@
 """torch's linear layer, with another library at work where it is faster: not for training."""
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-HAS_ONEDNN = (
-    torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # theirs
-    and torch.backends.cpu.get_cpu_capability() == "AVX512"
-)
 ONEDNN_FROM = 2**22  # multiplications
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """As torch's function, by oneDNN on CPUs with AVX-512: MKL, which torch calls, does without it on AMD's.
+def is_onednn_faster(cpu_info: str, capability: str) -> bool:
+    """Whether oneDNN is known to beat MKL on this processor: on AMD's with AVX-512, where MKL does without it.
 
-    oneDNN takes half the time there (tests/bench/LOG.md); results differ by rounding. With AVX2 alone the two are equal, and
+    On Intel's MKL is the faster one, and nobody measured others. cpu_info: /proc/cpuinfo; capability: torch's word for the
+    instructions it uses.
+    """
+    return capability == "AVX512" and "AuthenticAMD" in cpu_info
+
+
+def _cpu_info() -> str:
+    """What Linux says of the processor; "" elsewhere."""
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+
+
+USES_ONEDNN = (
+    torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # theirs
+    and is_onednn_faster(_cpu_info(), torch.backends.cpu.get_cpu_capability())
+)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As torch's function, which calls MKL, or by oneDNN where that is known to be faster.
+
+    oneDNN takes half the time on AMD's processors with AVX-512 (tests/bench/LOG.md); results differ by rounding. With AVX2 alone the two are equal, and
     for a few rows the way to oneDNN and back costs what it saves. Where a graph is recorded torch's stays: with oneDNN's
     gradients the losses under DeepSpeed's ZeRO 2 were others.
     """
     is_float32 = input.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     is_large = input.ndim > 1 and input.numel() * len(weight) >= ONEDNN_FROM
     if (
-        HAS_ONEDNN
+        USES_ONEDNN
         and is_float32
         and is_large
         and weight.is_contiguous()  # oneDNN would turn it around at every call

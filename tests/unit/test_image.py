@@ -689,3 +689,26 @@ def test_the_coco_sample_has_the_pixels_of_the_published_processor() -> None:
         expected = published(Image.open(file).convert("RGB"), return_tensors="np")["pixel_values"][0]
         exact = prepare_bytes(file.read_bytes(), ImageSpec(size=384)).pixels
         assert np.abs(exact.astype(int) - np.asarray(expected).astype(int)).max() <= 1, file.name
+
+
+PREPARED_IN_A_PROGRAM = """
+import resource, sys
+from raycap.image import prepare_given
+from raycap.schema import ImageSpec
+
+data = sys.stdin.buffer.read()
+for n in range(30):
+    if n == 10:
+        begun = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    prepare_given(data, ImageSpec(size=384))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begun) // 20)
+"""
+
+
+def test_a_program_reuses_the_memory_of_one_image_for_the_next() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
+    done = subprocess.run(
+        [sys.executable, "-c", PREPARED_IN_A_PROGRAM], input=encode(Image.fromarray(noise), "JPEG"), capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 100  # page faults an image: 1,854 where glibc gives memory back after each
