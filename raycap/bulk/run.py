@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 import ray.data
-import ray.exceptions
 from ray.data import DataContext, ExecutionResources
 
 from raycap import storage
@@ -21,9 +20,9 @@ from raycap.bulk.plan import Job, rows_of
 from raycap.bulk.progress import Progress
 from raycap.bulk.unit import CaptionsPixels, PreparedUnit, count_kinds, make_unit, prepare_unit
 from raycap.data.batch import Columns
-from raycap.data.stream import own_errors, quiet_context
+from raycap.data.stream import quiet_context
+from raycap.data.tasks import own_errors
 from raycap.decode_pool import DecodePool
-from raycap.errors import RaycapError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -48,20 +47,14 @@ def run_units(
 ) -> None:
     """Makes the pending units. load: called in each captioner process, pickled; num_gpus: of each.
 
-    Raises the StorageError or CheckpointError of a task, or RaycapError if workers died too often. What is committed by
+    Raises the RaycapError of a task, of its class, or RaycapError if workers died too often. What is committed by
     then stays.
     """
     shared = ray.put((job, manifest))
-    try:
-        for first in range(0, len(pending), _UNITS_PER_PLAN):
-            part = pending[first : first + _UNITS_PER_PLAN]
-            with own_errors():
-                _run(job, shared, part, load, progress, concurrency, cpus_for_data, num_gpus)
-    except ray.exceptions.RayError as error:
-        reason = str(error).strip().splitlines()[-1].rstrip(".")
-        raise RaycapError(
-            f"captioning into {job.out!r} broke off: {reason}; run the same command to go on with the units left"
-        ) from error
+    for first in range(0, len(pending), _UNITS_PER_PLAN):
+        part = pending[first : first + _UNITS_PER_PLAN]
+        with own_errors(f"captioning into {job.out!r}"):
+            _run(job, shared, part, load, progress, concurrency, cpus_for_data, num_gpus)
 
 
 def _run(

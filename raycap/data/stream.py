@@ -6,10 +6,8 @@ number of workers and from any step. Each rank runs its own streaming executor, 
 unequal counts; raycap/DECISIONS.md has the comparison with one executor per node.
 """
 
-import contextlib
 import itertools
 import logging
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +21,7 @@ from ray.data import DataContext, Dataset, ExecutionResources
 from ray.util.annotations import RayDeprecationWarning
 
 from raycap.data.batch import Batch, Columns, Source, assemble, load_reads
-from raycap.errors import StorageError
+from raycap.data.tasks import own_errors
 from raycap.image import keep_freed_memory
 from raycap.order import Indices, Order, Read
 from raycap.shards import Manifest
@@ -77,7 +75,7 @@ def _blocks(
         blocks = iter(data.iterator().iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1))
         return len(tasks), itertools.chain([next(blocks)], blocks)
 
-    with ThreadPoolExecutor(1) as ahead, own_errors():
+    with ThreadPoolExecutor(1) as ahead, own_errors("reading the shards"):
         coming: Future[tuple[int, Iterator[Columns]] | None] = ahead.submit(start)
         while (data_set := coming.result()) is not None:
             num_blocks, blocks = data_set
@@ -122,18 +120,6 @@ def _limit(context: DataContext, num_tasks: int, store_bytes: int | None) -> Non
     context.execution_options.exclude_resources = ExecutionResources(
         cpu=-num_tasks, gpu=-_UNLIMITED, object_store_memory=-store_bytes, memory=-_UNLIMITED
     )
-
-
-@contextlib.contextmanager
-def own_errors() -> Iterator[None]:
-    """Raises raycap's own error where a task failed with one; Ray's exception carries it as text only."""
-    try:
-        yield
-    except ray.exceptions.RayError as error:
-        sentences = re.findall(r"^raycap\.errors\.\w+: (.+)$", str(error), re.MULTILINE)
-        if not sentences:
-            raise
-        raise StorageError(sentences[-1]) from error
 
 
 def quiet_context() -> DataContext:

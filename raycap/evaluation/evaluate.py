@@ -20,7 +20,8 @@ from raycap.config import EvaluateConfig, default_root
 from raycap.data.batch import Columns, Source
 from raycap.data.demo import demo_shards, given_or_demo
 from raycap.data.index import open_shards
-from raycap.data.stream import own_errors, reads_dataset
+from raycap.data.stream import reads_dataset
+from raycap.data.tasks import own_errors
 from raycap.errors import UserError
 from raycap.metrics.coco import coco_scores
 from raycap.order import InOrder
@@ -209,6 +210,6 @@ def _caption_rows(
         max_restarts=-1,
         max_task_retries=MAX_RETRIES,
     )
-    with own_errors():
+    with own_errors("captioning"):
         for block_row in blocks.iter_rows():
             yield json.loads(block_row["row"])

@@ -189,7 +189,7 @@ def test_a_unit_that_kills_its_captioner_ends_the_run_with_a_sentence(
         decode_timeout_s=10.0,
     )
     manifest = plan.create_manifest(job.out, plan.list_images(job.images, job.out, ["*"])[0])
-    with pytest.raises(RaycapError, match=r"^captioning into '.*/out' broke off: .*; run the same command to go on"):
+    with pytest.raises(RaycapError, match=r"^captioning into '.*/out' broke off: .*; run the same command again"):
         run.run_units(job, manifest, [0], Dies, Progress(124, 0))
 
 

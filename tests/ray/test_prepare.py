@@ -7,17 +7,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
+import ray.data
 from conftest import Demo
 
 from raycap import storage
 from raycap.data.pack import Packed
 from raycap.data.prepare import prepare_shards
 from raycap.data.spill import Unit
-from raycap.data.tasks import run_units
-from raycap.errors import RaycapError, StorageError
+from raycap.data.tasks import own_errors, run_units
+from raycap.errors import CheckpointError, RaycapError, StorageError, TrainingError
 from raycap.image import decode_image
 from raycap.schema import Sample
 from raycap.shards import Manifest, read_manifest, read_run
@@ -141,12 +143,30 @@ def test_a_failing_storage_and_a_dying_task_end_the_job_with_one_sentence(ray_cl
         prepare(coco, "out")
 
     units = iter([Unit("shard-00000", (), frozenset())])
-    with pytest.raises(RaycapError, match=r"^packing shards broke off: .*; run the same command to continue$"):
+    with pytest.raises(RaycapError, match=r"^packing shards broke off: .*; run the same command again$"):
         run_units(units, exit_process, print, "packing shards")
 
 
 def exit_process(unit: Unit) -> Packed:
     os._exit(1)
+
+
+@pytest.mark.parametrize(
+    "error", [TrainingError("it diverged"), CheckpointError("it is damaged"), RaycapError("it broke")]
+)
+def test_an_error_comes_out_of_rays_tasks_with_its_class_and_so_with_its_exit_code(
+    ray_cluster: str, error: RaycapError
+) -> None:
+    def fail(unit: object) -> Any:
+        raise error
+
+    with pytest.raises(type(error)) as of_task:
+        run_units(iter([1]), fail, print, "packing shards")
+    with pytest.raises(type(error)) as of_data, own_errors("captioning"):
+        ray.data.range(1).map_batches(fail).materialize()
+    for caught in (of_task.value, of_data.value):
+        assert type(caught) is type(error)
+        assert (str(caught), caught.exit_code) == (str(error), error.exit_code)
 
 
 def test_shards_that_exist_are_packed_again_with_smaller_images(ray_cluster: str, demo: Demo, tmp_path: Path) -> None:
