@@ -10,10 +10,11 @@ A row is "[DEC] prompt caption [SEP]". Shapes: N rows, L tokens.
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -319,12 +320,13 @@ def save_tokenizer(tokenizer: Tokenizer, spec: TextSpec, folder: str) -> None:
 def load_tokenizer(source: str) -> Tokenizer:
     """The tokenizer of a folder in transformers' layout (path or s3:// URL) or of a model on the Hugging Face Hub.
 
-    Raises CheckpointError if there is no tokenizer.json or it cannot be read.
+    It is tokenizer.json; of a folder without one, BERT's vocab.txt, or GPT-2's vocab.json and merges.txt. Raises
+    CheckpointError if there is none of these or it cannot be read.
     """
     if storage.is_url(source) or Path(source).is_absolute() or Path(source).is_dir():
         folder = source if storage.is_url(source) else str(Path(source).absolute())
         try:
-            return _parse(storage.read_bytes(storage.join(folder, "tokenizer.json")), source)
+            return _from_folder(folder, source)
         except StorageError as e:
             raise CheckpointError(f"cannot load the tokenizer of '{source}': {e}") from e
     from huggingface_hub import hf_hub_download
@@ -336,6 +338,72 @@ def load_tokenizer(source: str) -> Tokenizer:
             f"cannot load the tokenizer '{source}' from the Hugging Face Hub: {str(e).partition(chr(10))[0]}; pass the "
             f"absolute path of a folder with tokenizer.json"
         ) from e
+
+
+def tokenizer_files(folder: str) -> list[str]:
+    """The files of a folder that load_tokenizer makes its tokenizer of. Raises StorageError."""
+    made_of = (["tokenizer.json"], ["vocab.txt"], ["vocab.json", "merges.txt"])
+    names = next((n for n in made_of if all(storage.exists(storage.join(folder, name)) for name in n)), made_of[0])
+    also = ("special_tokens_map.json", "tokenizer_config.json")
+    return names + [name for name in also if storage.exists(storage.join(folder, name))]
+
+
+def _from_folder(folder: str, source: str) -> Tokenizer:
+    files = {name: storage.read_bytes(storage.join(folder, name)) for name in tokenizer_files(folder)}
+    for name, data in files.items():
+        if storage.is_lfs_pointer(data):
+            raise CheckpointError(f"{name!r} of {source!r} is a Git LFS pointer: fetch the file with `git lfs pull`")
+    try:
+        about = [
+            json.loads(files[name]) for name in ("tokenizer_config.json", "special_tokens_map.json") if name in files
+        ]
+        about = [content for content in about if isinstance(content, dict)]
+        if "vocab.txt" in files:
+            lower = next((content["do_lower_case"] for content in about if "do_lower_case" in content), True)
+            tokenizer = _wordpiece(files["vocab.txt"].decode().splitlines(), lowercase=bool(lower))
+        elif "vocab.json" in files:
+            tokenizer = _byte_level(json.loads(files["vocab.json"]), files["merges.txt"].decode())
+        else:
+            tokenizer = _parse(files["tokenizer.json"], source)
+    except (ValueError, TypeError, AttributeError, IndexError) as e:
+        raise CheckpointError(f"cannot load the tokenizer of '{source}': {e}; write that folder again") from e
+    known = [name for content in about for name in _special_names(content) if tokenizer.token_to_id(name) is not None]
+    tokenizer.add_special_tokens(sorted(set(known)))  # which tokenizer.json need not say: they are skipped in captions
+    return tokenizer
+
+
+def _wordpiece(words: list[str], *, lowercase: bool) -> Tokenizer:
+    """As BERT's own tokenizer makes it of vocab.txt."""
+    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token=UNK))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(cleanup=True)
+    tokenizer.add_special_tokens([name for name in (PAD, UNK, CLS, SEP, MASK) if name in words])
+    return tokenizer
+
+
+def _byte_level(vocab: dict[str, int], merges: str) -> Tokenizer:
+    """As GPT-2's own tokenizer makes it of vocab.json and merges.txt."""
+    pairs = [line.split(" ") for line in merges.splitlines() if line and not line.startswith("#version")]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[(first, second) for first, second in pairs]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if END_OF_TEXT in vocab:
+        tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer
+
+
+def _special_names(content: dict[str, Any]) -> Iterator[str]:
+    """Names of special tokens in special_tokens_map.json or tokenizer_config.json; that of the end, which may be a word (ClipCap's
+    is "."), is said by nothing that goes on after it.
+    """
+    roles = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token", "bos_token", "additional_special_tokens")
+    for role in roles:
+        given = content.get(role)
+        for token in given if isinstance(given, list) else [given]:
+            name = token.get("content") if isinstance(token, dict) else token
+            if isinstance(name, str) and name and name != content.get("eos_token"):
+                yield name
 
 
 def _parse(data: bytes, source: str) -> Tokenizer:

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from reprlib import Repr
 from typing import Any
@@ -33,6 +33,15 @@ def in_short(error: BaseException) -> str:
     return words if len(words) < 300 else f"{words[:300]}..."
 
 
+def refuse_pointer(path: Path, source: str) -> None:
+    """Raises CheckpointError for what a clone without Git LFS holds in the place of a large file."""
+    with suppress(OSError), path.open("rb") as file:
+        if storage.is_lfs_pointer(file.read(100)):
+            raise CheckpointError(
+                f"{path.name!r} of {source!r} is a Git LFS pointer: fetch the file with `git lfs pull`, or download the model again"
+            )
+
+
 def read_json(path: Path, root: str) -> dict[str, Any]:
     """The object in a JSON file of the checkpoint at `root`. Raises CheckpointError."""
     try:
@@ -43,6 +52,7 @@ def read_json(path: Path, root: str) -> dict[str, Any]:
             f"<out>/checkpoint"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
+        refuse_pointer(path, root)
         raise CheckpointError(
             f"{path.name} in {root!r} cannot be read ({in_short(error)}); copy the folder again"
         ) from error

@@ -18,21 +18,30 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from raycap import storage
-from raycap.checkpoint.folder import shown
+from raycap.checkpoint.folder import read_json, shown
 from raycap.checkpoint.layout import (
     MAX_TOKENS,
     complete_config,
     fresh_config,
+    is_scorer,
+    read_image_spec,
     read_text_spec,
     with_pooler,
 )
-from raycap.checkpoint.originals import PICKLED, blip_from_salesforce, read_pickled, retrieval_from_salesforce
-from raycap.checkpoint.published import local_folder, published_spec
+from raycap.checkpoint.originals import (
+    PARTS,
+    PICKLED,
+    blip_from_salesforce,
+    read_parts,
+    read_pickled,
+    retrieval_from_salesforce,
+)
+from raycap.checkpoint.published import local_folder, published_spec, refuse_adapter
 from raycap.checkpoint.retrieval import load_scorer, save_scorer, scorer_spec
 from raycap.checkpoint.sealed import save_checkpoint
 from raycap.checkpoint.spec import CheckpointSpec, check_spec
 from raycap.checkpoint.towers import read_gpt2, read_vision_tower
-from raycap.checkpoint.weights import export_weights, load_model, read_weights, settle_tied
+from raycap.checkpoint.weights import export_weights, has_safetensors, load_model, read_weights, settle_tied
 from raycap.config import ImportConfig
 from raycap.errors import CheckpointError, UserError
 from raycap.models import CaptionModel, build_model
@@ -51,6 +60,7 @@ FLAGS = {  # what is imported -> the fields of ImportConfig that it takes beside
     "ClipCap's weights": ("vision_tower", "tokenizer", "prompt", "image_size", "settings", "num_heads"),
     "VGG16's weights": ("tokenizer", "prompt", "image_size", "settings"),
     "the weights of a folder with a config.json": ("prompt",),
+    "the weights of a scorer's folder": (),
     "towers": ("vision_tower", "text_decoder", "architecture", "prompt", "image_size", "settings"),
 }
 # What --settings may name: of towers put together, of ClipCap's weights (which say the rest themselves), of VGG16's.
@@ -70,7 +80,10 @@ def import_weights(config: ImportConfig, say: Say = print) -> None:
         return
     path = _find(config)
     weights = _read(path, say)
-    if path.name == PICKLED and (path.parent / "config.json").exists():
+    in_folder = path.name in (PICKLED, PARTS) and (path.parent / "config.json").exists()
+    if in_folder and is_scorer(read_json(path.parent / "config.json", str(path.parent))):
+        _published_scorer(path.parent, weights, config, say)
+    elif in_folder:
         _write(_published(path.parent, weights, config, say), config, say)
     elif "itm_head.weight" in weights and not any(name.startswith("text_decoder.") for name in weights):
         _import_scorer(weights, config, say)  # a pretraining checkpoint holds both, and is taken as a captioner
@@ -105,12 +118,18 @@ def _find(config: ImportConfig) -> Path:
     if not path.is_dir() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", config.weights):
         raise UserError(f"--weights {config.weights!r} is no file; give the file of the original weights")
     folder = local_folder(config.weights, pickled=True)
-    if not (folder / PICKLED).is_file():
+    refuse_adapter(folder, config.weights)
+    for name in (PICKLED, PARTS):
+        if (folder / name).is_file():
+            return folder / name
+    if has_safetensors(folder):
         raise UserError(
-            f"--weights {config.weights!r} holds no {PICKLED}; give the file of original weights, or open the folder as it is: "
-            f"every job reads safetensors"
+            f"--weights {config.weights!r} holds safetensors and needs no import: give it to Captioner.load, to a job's --checkpoint or "
+            f"--init-from, or a scorer to raycap.Scorer and --scorer"
         )
-    return folder / PICKLED
+    raise UserError(
+        f"--weights {config.weights!r} holds neither {PICKLED} nor {PARTS}; give the file of original weights"
+    )
 
 
 def _read(path: Path, say: Say) -> Weights:
@@ -119,7 +138,7 @@ def _read(path: Path, say: Say) -> Weights:
     else:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            weights = read_pickled(path)
+            weights = read_parts(path) if path.name == PARTS else read_pickled(path)
         for warning in caught:
             say(f"warning: {warning.message}")
     if weights and all(name.startswith("module.") for name in weights):  # of a model that was saved inside DDP
@@ -162,6 +181,16 @@ def _import_scorer(weights: Weights, config: ImportConfig, say: Say) -> None:
     spec = scorer_spec(given, tokenizer, image, config.weights)
     load_scorer(spec, converted, config.weights)
     save_scorer(config.out, spec, converted)
+    say(f"wrote {config.out}: a scorer of images and texts, for raycap.Scorer and transformers; it captions nothing")
+
+
+def _published_scorer(folder: Path, weights: Weights, config: ImportConfig, say: Say) -> None:
+    """A scorer's folder from before safetensors; the files beside the weights say the rest."""
+    _accept(config, "the weights of a scorer's folder")
+    given = read_json(folder / "config.json", str(folder))
+    spec = scorer_spec(given, load_tokenizer(str(folder)), read_image_spec(folder, str(folder))[1], str(folder))
+    load_scorer(spec, weights, config.weights)
+    save_scorer(config.out, spec, weights)
     say(f"wrote {config.out}: a scorer of images and texts, for raycap.Scorer and transformers; it captions nothing")
 
 

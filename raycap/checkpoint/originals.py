@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raycap.checkpoint.folder import read_json, refuse_pointer
 from raycap.errors import CheckpointError
 from raycap.models.blip import TIED_NAMES
 
@@ -30,6 +31,7 @@ Layout = dict[str, tuple[str, tuple[int, ...]]]  # name in the file -> (Hugging 
 Imported = tuple[dict[str, Any], dict[str, Tensor], list[str]]  # configuration, weights, names of what was dropped
 
 PICKLED = "pytorch_model.bin"  # transformers' name of all weights of a model before safetensors
+PARTS = "pytorch_model.bin.index.json"  # of such weights in several files: {"weight_map": {tensor: file}}
 HEAD_WIDTH = 64  # of ViT-B, ViT-L and BERT base; the number of heads leaves no trace in the weights
 MOST_EXPANSION = 10  # of a compressed file in memory: weights shrink by a tenth, a trap by a thousand
 SEP_ID = 102  # [SEP] of bert-base-uncased, which ends captions; [DEC] and [ENC] come behind that vocabulary
@@ -38,6 +40,17 @@ _BESIDE = r"(visual_encoder|text_encoder|vision_proj|text_proj)_m\.|(image_queue
 _NO_CAPTIONER = re.compile(rf"{_BESIDE}|(text_encoder|vision_proj|text_proj|itm_head)\.")
 _NO_SCORER = re.compile(rf"{_BESIDE}|text_decoder\.")
 _REFUSED_GLOBAL = re.compile(r"(?:GLOBAL|nsupported class) ([\w.]+)")
+
+
+def read_parts(index: Path) -> dict[str, Tensor]:
+    """The tensors of all the files that PARTS names. Raises and warns as read_pickled does."""
+    weight_map = read_json(index, str(index.parent)).get("weight_map")
+    names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
+    if not names or any(Path(name).name != name or not (index.parent / name).is_file() for name in names):
+        raise CheckpointError(
+            f"{index.name} of {str(index.parent)!r} names files that are not there; copy the folder again"
+        )
+    return {name: tensor for part in names for name, tensor in read_pickled(index.parent / part).items()}
 
 
 def read_pickled(path: str | Path) -> dict[str, Tensor]:
@@ -49,6 +62,7 @@ def read_pickled(path: str | Path) -> dict[str, Tensor]:
     holds anything but named dense tensors, or a value that is infinite or NaN. Warns of every file that is read.
     """
     path, source = Path(path), str(path)
+    refuse_pointer(path, str(path.parent))
     content = _unpickle(path, source)
     below = [content[key] for key in ("model", "state_dict") if isinstance(content, dict) and key in content]
     state = next((value for value in below if isinstance(value, dict)), content)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from raycap import storage
-from raycap.checkpoint.folder import local_copy, read_json, sha256_of_file, sha256_of_json
+from raycap.checkpoint.folder import local_copy, read_json, sha256_of_file, sha256_of_json, shown
 from raycap.checkpoint.generation import FILE as GENERATION
 from raycap.checkpoint.generation import read_generation
 from raycap.checkpoint.layout import complete_config, read_image_spec, read_text_spec, with_pooler
@@ -15,7 +15,7 @@ from raycap.checkpoint.spec import CheckpointSpec, check_spec
 from raycap.checkpoint.weights import INDEX, Weights, has_safetensors, read_and_hash, settle_tied, weight_files
 from raycap.errors import CheckpointError
 from raycap.schema import DecodeSettings
-from raycap.text import load_tokenizer
+from raycap.text import load_tokenizer, tokenizer_files
 
 
 def open_checkpoint(source: str, *, prompt: str = "") -> tuple[CheckpointSpec, Weights]:
@@ -60,7 +60,7 @@ def local_folder(source: str, *, pickled: bool = False) -> Path:
         return path.absolute()
     folder = Path(_download_from_hub(source, "*.safetensors"))
     if pickled and not has_safetensors(folder):
-        _download_from_hub(source, "pytorch_model.bin")
+        _download_from_hub(source, "pytorch_model*.bin")
     return folder
 
 
@@ -90,7 +90,9 @@ def published_spec(
 
     text: fields of TextSpec that the caller has instead of the folder's; max_length counts the prompt.
     """
+    refuse_adapter(folder, source)
     model_config = complete_config(read_json(folder / "config.json", source), source)
+    refuse_incomplete(folder, source, model_config)
     preprocessor, image = read_image_spec(folder, source)
     spec = CheckpointSpec(
         kind=model_config["model_type"],
@@ -104,8 +106,44 @@ def published_spec(
     check_spec(spec, source)
     spec = read_generation(spec, folder, source)
     check_spec(spec, source)
-    names = ["config.json", "tokenizer.json", preprocessor, *([GENERATION] if (folder / GENERATION).exists() else [])]
+    names = [
+        "config.json",
+        *tokenizer_files(str(folder)),
+        preprocessor,
+        *([GENERATION] if (folder / GENERATION).exists() else []),
+    ]
     return spec, {name: sha256_of_file(folder / name) for name in names}
+
+
+def refuse_adapter(folder: Path, source: str) -> None:
+    """Raises CheckpointError for a folder of LoRA's differences from another model."""
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        base = read_json(folder / "adapter_config.json", source).get("base_model_name_or_path")
+        raise CheckpointError(
+            f"{source!r} is an adapter (LoRA) of {shown(base)} and no model: merge it with peft's "
+            f"PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder), and give that folder"
+        )
+
+
+def refuse_incomplete(folder: Path, source: str, model_config: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for a folder without preprocessing or tokenizer, as trainers leave it, with the files to copy."""
+    image = ("preprocessor_config.json", "processor_config.json")
+    missing = [] if any((folder / name).exists() for name in image) else [image[0]]
+    text = ("tokenizer.json", "vocab.txt", "vocab.json")
+    missing += [] if any((folder / name).exists() for name in text) else ["tokenizer.json", "tokenizer_config.json"]
+    if not missing:
+        return
+    named = [model_config, *(part for part in model_config.values() if isinstance(part, dict))]
+    bases = [part["_name_or_path"] for part in named if part.get("_name_or_path")]
+    usual = {
+        "blip": "Salesforce/blip-image-captioning-base",
+        "vision-encoder-decoder": "nlpconnect/vit-gpt2-image-captioning",
+    }
+    base = bases[0] if bases else usual.get(model_config["model_type"])
+    raise CheckpointError(
+        f"{source!r} holds no {' and no '.join(missing)}, as trainers leave it; copy {', '.join(missing)} into it from the model that it "
+        f"was trained from{f', {shown(base)}' if base else ''}"
+    )
 
 
 def _download_from_hub(name: str, weights: str) -> str:

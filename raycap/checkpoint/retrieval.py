@@ -16,12 +16,12 @@ from raycap.checkpoint.layout import (
     read_image_spec,
     read_text_spec,
 )
-from raycap.checkpoint.published import local_folder, read_published_weights
+from raycap.checkpoint.published import local_folder, read_published_weights, refuse_adapter, refuse_incomplete
 from raycap.checkpoint.weights import Weights, write_weights
 from raycap.errors import CheckpointError
 from raycap.models.blip_retrieval import BlipRetrieval
 from raycap.schema import ImageSpec
-from raycap.text import CLS, ENC, SEP, load_tokenizer, save_tokenizer
+from raycap.text import CLS, ENC, SEP, load_tokenizer, save_tokenizer, tokenizer_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,9 @@ def open_scorer_spec(source: str) -> ScorerSpec:
 
 def _open(source: str, *, keep: bool = True) -> tuple[ScorerSpec, Weights]:
     with local_copy(source if storage.is_url(source) else str(local_folder(source))) as folder:
+        refuse_adapter(folder, source)
         config = read_json(folder / "config.json", source)
+        refuse_incomplete(folder, source, config)
         if not is_scorer(config):
             raise CheckpointError(
                 f"{source!r} is of {shown(config.get('architectures'))}; a scorer is a {SCORER}, such as "
@@ -89,7 +91,9 @@ def _open(source: str, *, keep: bool = True) -> tuple[ScorerSpec, Weights]:
             )
         preprocessor, image = read_image_spec(folder, source)
         spec = scorer_spec(config, load_tokenizer(str(folder)), image, source)
-        digests = {name: sha256_of_file(folder / name) for name in ("config.json", "tokenizer.json", preprocessor)}
+        digests = {
+            name: sha256_of_file(folder / name) for name in ("config.json", *tokenizer_files(str(folder)), preprocessor)
+        }
         weights, fingerprint = read_published_weights(folder, source, digests, keep=keep)
     return replace(spec, fingerprint=fingerprint), weights
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
-from raycap.checkpoint.folder import in_short, read_json, shown
+from raycap.checkpoint.folder import in_short, read_json, refuse_pointer, shown
 from raycap.checkpoint.layout import is_tied, untied
 from raycap.checkpoint.spec import CheckpointSpec, check_spec
 from raycap.errors import CheckpointError
@@ -76,8 +76,8 @@ def weight_files(folder: Path, source: str) -> tuple[list[str], dict[str, str]]:
         return [WHOLE], {}
     if not has_safetensors(folder):
         raise CheckpointError(
-            f"{source!r} holds no {WHOLE} and no {INDEX}; raycap loads no pickled weights: convert them with "
-            f"transformers' save_pretrained, or a captioner's pytorch_model.bin with jobs/import_weights.py"
+            f"{source!r} holds no {WHOLE} and no {INDEX}; if it holds pytorch_model.bin, whole or in parts, which no door "
+            f"unpickles, convert it: jobs/import_weights.py --weights {source} --out FOLDER"
         )
     index = read_json(folder / INDEX, source).get("weight_map")
     weight_map = {name: str(file) for name, file in index.items()} if isinstance(index, dict) else {}
@@ -123,6 +123,7 @@ def read_file(path: Path, source: str, *, keep: bool = True) -> tuple[dict[str, 
     """
     digest = hashlib.sha256()
     tensors = {}
+    refuse_pointer(path, source)
     try:
         with path.open("rb", buffering=0) as file, ThreadPoolExecutor(max_workers=1) as hashing:
 

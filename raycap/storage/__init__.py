@@ -12,6 +12,7 @@ from raycap.storage.entry import AccessWatch, Entry, EntryError, lost
 from raycap.storage.files import (
     exists,
     is_fault_of_file,
+    is_lfs_pointer,
     is_refused,
     is_url,
     join,
@@ -36,6 +37,7 @@ __all__ = [
     "exists",
     "has_files",
     "is_fault_of_file",
+    "is_lfs_pointer",
     "is_refused",
     "is_url",
     "iter_names",

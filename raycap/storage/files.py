@@ -152,6 +152,11 @@ def is_fault_of_file(error: StorageError) -> bool:
     return isinstance(error, EntryError) or (isinstance(cause, Exception) and s3.error_code(cause) in s3.CHANGED_CODES)
 
 
+def is_lfs_pointer(head: bytes) -> bool:
+    """Whether these first bytes of a file are those that Git leaves in the place of a large one."""
+    return head.startswith(b"version https://git-lfs.github.com/spec/")
+
+
 def is_refused(error: StorageError) -> bool:
     """Whether access to the file was refused, or the disk failed: its neighbours may be no better off."""
     cause = error.__cause__

@@ -178,6 +178,12 @@ def text_in(name: str, text: str) -> Callable[[Path, Path], object]:
     return lambda folder, _marker: (folder / name).write_text(text)
 
 
+def without_tokenizer(folder: Path) -> None:
+    """Without what it could be made of, too."""
+    for name in ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt"):
+        (folder / name).unlink(missing_ok=True)
+
+
 def folder_in_place_of(name: str) -> Damage:
     def do(folder: Path, _marker: Path) -> None:
         (folder / name).unlink()
@@ -308,10 +314,12 @@ DAMAGES = {
     ),
     "a tokenizer cut in half": Damage(bytes_of(cut(0.5), "tokenizer.json"), "tokenizer.json"),
     "a tokenizer 10,000 deep": Damage(text_in("tokenizer.json", '{"model":' * 10_000), "tokenizer.json"),
-    "no tokenizer": Damage(lambda folder, _: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
+    "no tokenizer": Damage(lambda folder, _: without_tokenizer(folder), "tokenizer.json"),
     "no configuration": Damage(lambda folder, _: (folder / "config.json").unlink(), "config.json"),
     "no weights": Damage(lambda folder, _: (folder / WEIGHTS).unlink(), WEIGHTS),
-    "a folder in place of the tokenizer": folder_in_place_of("tokenizer.json"),
+    "a folder in place of the tokenizer": Damage(
+        lambda folder, _: (without_tokenizer(folder), (folder / "tokenizer.json").mkdir()), "tokenizer.json"
+    ),
     "a folder in place of the configuration": folder_in_place_of("config.json"),
     "a folder in place of the weights": folder_in_place_of(WEIGHTS),
     "a folder in place of the preprocessing": folder_in_place_of("preprocessor_config.json"),

@@ -26,7 +26,7 @@ from raycap.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
-from raycap.models import CaptionModel
+from raycap.models import TIED_NAMES, CaptionModel
 from raycap.text import save_tokenizer
 
 torch.set_num_threads(1)
@@ -252,7 +252,8 @@ def test_a_folder_of_transformers_is_written_back_with_the_same_configuration_an
     for given in (weights, export_weights(model)):  # as they were read, and as a model holds them
         save_checkpoint(str(back), given, spec, {})
         before, after = load_file(theirs / "model.safetensors"), load_file(back / "model.safetensors")
-        assert before.keys() == after.keys()
+        twice = TIED_NAMES["blip"].keys() - before.keys() if family == "blip" else set()  # for older versions
+        assert after.keys() == before.keys() | twice
         assert len(before) < len(published.state_dict())  # the tied head is there once
         assert {tensor.dtype for tensor in after.values()} == {torch.float32}
         assert all(torch.equal(after[name].view(torch.int32), before[name].view(torch.int32)) for name in before)

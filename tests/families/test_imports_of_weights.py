@@ -187,7 +187,7 @@ def test_a_folder_from_before_safetensors_says_the_same_after_its_import(family:
         weights["decoder.lm_head.weight"] = weights["decoder.transformer.wte.weight"]
     torch.save(weights, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"or a captioner's pytorch_model.bin with jobs/import_weights.py"):
+    with pytest.raises(CheckpointError, match=r"convert it: jobs/import_weights.py --weights"):
         Captioner.load(folder)
     given: Any = {"weights": str(folder / "pytorch_model.bin"), "out": str(tmp_path / "out")}
     with pytest.raises(UserError, match=r"--image-size 64 is not for the weights of a folder with a config.json"):
