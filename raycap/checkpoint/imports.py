@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from raycap import storage
+from raycap.checkpoint.fit import settle_tied
 from raycap.checkpoint.folder import read_json, shown
 from raycap.checkpoint.layout import (
     MAX_TOKENS,
@@ -41,7 +42,7 @@ from raycap.checkpoint.retrieval import load_scorer, save_scorer, scorer_spec
 from raycap.checkpoint.sealed import save_checkpoint
 from raycap.checkpoint.spec import CheckpointSpec, check_spec
 from raycap.checkpoint.towers import read_gpt2, read_vision_tower
-from raycap.checkpoint.weights import export_weights, has_safetensors, load_model, read_weights, settle_tied
+from raycap.checkpoint.weights import export_weights, has_safetensors, load_model, read_weights
 from raycap.config import ImportConfig
 from raycap.errors import CheckpointError, UserError
 from raycap.models import CaptionModel, build_model

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -162,11 +162,12 @@ def fresh_config(
     return {**preset, **changed, **(top if kind == "vision-encoder-decoder" else {})}
 
 
-def with_pooler(config: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
+def with_pooler(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """A ViT-GPT2 config that says whether the weights of these names hold the tower's pooler, which config.json alone does not."""
     if config["model_type"] != "vision-encoder-decoder":
         return dict(config)
-    encoder = config["encoder"] | {"add_pooling_layer": "encoder.pooler.dense.weight" in names}
+    has_pooler = any(name.endswith("encoder.pooler.dense.weight") for name in names)  # behind a wrapper's prefix too
+    encoder = config["encoder"] | {"add_pooling_layer": has_pooler}
     return {**config, "encoder": encoder}
 
 

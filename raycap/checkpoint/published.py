@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from raycap import storage
+from raycap.checkpoint.fit import Weights, settle_tied
 from raycap.checkpoint.folder import local_copy, read_json, sha256_of_file, sha256_of_json, shown
 from raycap.checkpoint.generation import FILE as GENERATION
 from raycap.checkpoint.generation import read_generation
 from raycap.checkpoint.layout import complete_config, read_image_spec, read_text_spec, with_pooler
 from raycap.checkpoint.sealed import SEAL, load_checkpoint
 from raycap.checkpoint.spec import CheckpointSpec, check_spec
-from raycap.checkpoint.weights import INDEX, Weights, has_safetensors, read_and_hash, settle_tied, weight_files
+from raycap.checkpoint.weights import INDEX, check_weights, has_safetensors, read_and_hash, weight_files
 from raycap.errors import CheckpointError
 from raycap.schema import DecodeSettings
 from raycap.text import load_tokenizer, tokenizer_files
@@ -30,7 +31,7 @@ def open_checkpoint(source: str, *, prompt: str = "") -> tuple[CheckpointSpec, W
 
 
 def open_spec(source: str, *, prompt: str = "") -> CheckpointSpec:
-    """The spec that open_checkpoint gives, of weights that are verified in the same way but not held in memory."""
+    """The spec that open_checkpoint gives, of weights that are verified in the same way, found to fit it, and not held in memory."""
     return _open(source, {"prompt": prompt} if prompt else {}, keep=False)[0]
 
 
@@ -47,6 +48,8 @@ def _open(source: str, text: Mapping[str, Any], *, keep: bool = True) -> tuple[C
     else:
         with local_copy(root) as local:
             spec, weights = _read_published(local, source, text, keep)
+    if not keep:  # nobody will make a model of them here
+        check_weights(spec, weights, source)
     return replace(spec, text=replace(spec.text, **text)), weights
 
 

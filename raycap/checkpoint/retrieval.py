@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer
 
 from raycap import storage
+from raycap.checkpoint.fit import Weights, fitted
 from raycap.checkpoint.folder import in_short, local_copy, new_folder, read_json, sha256_of_file, shown, write_json
 from raycap.checkpoint.layout import (
     SCORER,
@@ -17,7 +18,7 @@ from raycap.checkpoint.layout import (
     read_text_spec,
 )
 from raycap.checkpoint.published import local_folder, read_published_weights, refuse_adapter, refuse_incomplete
-from raycap.checkpoint.weights import Weights, write_weights
+from raycap.checkpoint.weights import write_weights
 from raycap.errors import CheckpointError
 from raycap.models.blip_retrieval import BlipRetrieval
 from raycap.schema import ImageSpec
@@ -75,8 +76,10 @@ def open_scorer(source: str) -> tuple[ScorerSpec, BlipRetrieval]:
 
 
 def open_scorer_spec(source: str) -> ScorerSpec:
-    """The spec that open_scorer gives, of weights that are read in the same way but not held in memory."""
-    return _open(source, keep=False)[0]
+    """The spec that open_scorer gives, of weights that are read in the same way, found to fit it, and not held in memory."""
+    spec, weights = _open(source, keep=False)
+    fitted(_outline(spec, source), weights, source)
+    return spec
 
 
 def _open(source: str, *, keep: bool = True) -> tuple[ScorerSpec, Weights]:
@@ -100,27 +103,28 @@ def _open(source: str, *, keep: bool = True) -> tuple[ScorerSpec, Weights]:
 
 def load_scorer(spec: ScorerSpec, weights: Weights, source: str) -> BlipRetrieval:
     """Raises CheckpointError if the weights are not those of the config, or are not finite."""
+    model = _outline(spec, source)
+    given = fitted(model, weights, source)
+    broken = [name for name, tensor in given.items() if not tensor.isfinite().all()]
+    if broken:
+        raise CheckpointError(
+            f"the weights of {source!r} are broken: {shown(broken[0])} holds values that are infinite or NaN; choose another checkpoint"
+        )
+    model.load_state_dict({name: tensor.to(torch.float32) for name, tensor in given.items()}, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def _outline(spec: ScorerSpec, source: str) -> BlipRetrieval:
+    """The model on the meta device."""
     from transformers import BlipConfig
 
     try:
         with torch.device("meta"):
-            model = BlipRetrieval(BlipConfig.from_dict(spec.model_config))
+            return BlipRetrieval(BlipConfig.from_dict(spec.model_config))
     except Exception as error:  # transformers' config classes and torch's modules raise a dozen types at odd values
         raise CheckpointError(
             f"no scorer can be built from config.json of {source!r} ({in_short(error)}); copy it again"
         ) from error
-    own = model.state_dict()
-    given = {name: tensor for name, tensor in weights.items() if not name.endswith("position_ids")}
-    wrong = [name for name in {**own, **given} if name not in own or name not in given]
-    wrong += [name for name, tensor in given.items() if name in own and own[name].shape != tensor.shape]
-    wrong += [name for name, tensor in given.items() if not tensor.is_floating_point() or not tensor.isfinite().all()]
-    if wrong:
-        raise CheckpointError(
-            f"the weights of {source!r} are not a scorer's as its config.json says: {len(wrong)} are missing, unknown, of another "
-            f"shape or not finite (first: {shown(wrong[0])}); check that both files are of the same model"
-        )
-    model.load_state_dict({name: tensor.to(torch.float32) for name, tensor in given.items()}, assign=True)
-    return model.requires_grad_(False).eval()
 
 
 def save_scorer(root: str, spec: ScorerSpec, weights: Weights) -> None:

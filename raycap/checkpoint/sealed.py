@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from raycap.checkpoint.card import model_card
+from raycap.checkpoint.fit import Weights, settle_tied
 from raycap.checkpoint.folder import local_copy, new_folder, read_json, sha256_of_file, sha256_of_json, write_json
 from raycap.checkpoint.layout import code_files, hugging_face_files
 from raycap.checkpoint.spec import CheckpointSpec, check_spec
-from raycap.checkpoint.weights import Weights, read_file, settle_tied, write_weights
+from raycap.checkpoint.weights import read_file, write_weights
 from raycap.errors import CheckpointError
 from raycap.schema import DecodeSettings, ImageSpec
 from raycap.text import TextSpec, load_tokenizer, save_tokenizer

@@ -17,15 +17,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
+from raycap.checkpoint.fit import Weights, file_names, fitted, tensors_of
 from raycap.checkpoint.folder import in_short, read_json, refuse_pointer, shown
-from raycap.checkpoint.layout import is_tied, untied
 from raycap.checkpoint.spec import CheckpointSpec, check_spec
 from raycap.errors import CheckpointError
 from raycap.models import TIED_NAMES, CaptionModel, build_model
-from raycap.models.gpt2 import MASK_BUFFER
-from raycap.models.vit_gpt2 import VitGpt2
 
-Weights = Mapping[str, Tensor]
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # of weights in several files: {"weight_map": {tensor: file}}
 # 80,000 tensors; BLIP base has 475 in 55 KB. The library parses up to 100 MB, in ten times the memory.
@@ -177,27 +174,9 @@ def load_model(spec: CheckpointSpec, weights: Weights, source: str) -> CaptionMo
     of the size that a config asks for is allocated before the weights were found to be of that size.
     """
     check_spec(spec, source)
-    with torch.device("meta"), _Uninitialised():
-        outline = _built(spec, source)
-    own = dict(outline.named_parameters(remove_duplicate=False)) | dict(outline.named_buffers())
-    own = {name: own[name] for name in outline.state_dict()}
-    in_model = {in_file: name for name, in_file in file_names(outline).items()}
-    # Older exports carry position_ids and causal masks, which are no weights; tied tensors may be stored under one of their
-    # names only.
-    given = {
-        in_model.get(name, name): tensor
-        for name, tensor in weights.items()
-        if not name.endswith("position_ids") and not MASK_BUFFER.search(name)
-    }
+    outline = _outline(spec, source)
+    own, given = tensors_of(outline), fitted(outline, weights, source)
     found = {id(tensor): name for name, tensor in own.items() if name in given}
-    missing = [name for name, tensor in own.items() if id(tensor) not in found]
-    unknown = [name for name in given if name not in own]
-    other = [n for n, t in given.items() if n in own and (own[n].shape != t.shape or not t.is_floating_point())]
-    if missing or unknown or other:
-        raise CheckpointError(
-            f"the weights of {source!r} do not fit its config.json: {len(missing)} missing, {len(unknown)} unknown, {len(other)} of "
-            f"another shape or dtype (first: {shown((missing + unknown + other)[0])}); check that both files are of the same model"
-        )
     loaded: dict[int, Tensor] = {}  # by the identity of the tensor in the outline, so that tied names share one
     taken: set[int] = set()
     for name, tensor in given.items():
@@ -223,24 +202,15 @@ def load_model(spec: CheckpointSpec, weights: Weights, source: str) -> CaptionMo
     return model
 
 
-def settle_tied(model_config: dict[str, Any], weights: Weights) -> tuple[dict[str, Any], Weights]:
-    """The config that says whether the two names of a tied tensor are one in these weights, and the weights, each tensor once.
+def check_weights(spec: CheckpointSpec, weights: Weights, source: str) -> None:
+    """Raises CheckpointError if the weights, which may be on the meta device, are not those of the config by name and shape."""
+    fitted(_outline(spec, source), weights, source)
 
-    transformers 4.26 to 4.55 trained BLIP's output layer apart from its word embeddings, and any folder may hold two
-    tensors where its config ties them: then the model has both, as in transformers 5. Weights on the meta device keep the config.
-    """
-    settled = dict(weights)
-    for second, first in TIED_NAMES[model_config["model_type"]].items():
-        if second not in weights or first not in weights:
-            continue
-        is_same = weights[second].is_meta or torch.equal(weights[second], weights[first])
-        if second.endswith(".bias"):  # the layer's own; the other name is read by nothing, in no version
-            settled[first] = settled.pop(second)
-        elif is_same and is_tied(model_config):
-            del settled[second]
-        elif not is_same:
-            model_config = untied(model_config)
-    return model_config, settled
+
+def _outline(spec: CheckpointSpec, source: str) -> CaptionModel:
+    """The model on the meta device: names and shapes."""
+    with torch.device("meta"), _Uninitialised():
+        return _built(spec, source)
 
 
 def _in_memory_of_its_own(tensor: Tensor, taken: set[int]) -> Tensor:
@@ -293,17 +263,6 @@ class _Uninitialised(TorchFunctionMode):
         if module == "torch.nn.init" or name in ("normal_", "uniform_"):
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
-
-
-def file_names(model: nn.Module) -> dict[str, str]:
-    """The name of each entry of a model's state dict -> its name in the files of a checkpoint.
-
-    They differ where transformers renames a tower's parameters when it reads and writes them.
-    """
-    names: dict[str, str] = (
-        model.published_names() if isinstance(model, VitGpt2) else {n: n for n in model.state_dict()}
-    )
-    return names
 
 
 def export_weights(model: nn.Module) -> dict[str, Tensor]:
