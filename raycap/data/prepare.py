@@ -34,7 +34,7 @@ from raycap.data.tasks import run_units
 from raycap.data.ticker import pace, ticking
 from raycap.datasets.dataset import DatasetRead
 from raycap.datasets.read import read_dataset
-from raycap.errors import StorageError
+from raycap.errors import StorageError, UserError
 from raycap.shards import MANIFEST, Manifest, read_manifest
 from raycap.shards.manifest import ShardArrays, build_manifest, manifest_bytes, without_keys
 
@@ -88,9 +88,23 @@ def prepare_shards(
         return _prepare(out, plan, work, failures, max_error_rate, report, connect)
     read = read_dataset(annotations, images, format=format, split=split)
     with SortedRefs(read.samples, seed) as refs:
+        refuse_unusable(read, refs.num_captions, annotations, max_error_rate)
         plan |= {"samples_fingerprint": refs.fingerprint, "num_samples": refs.num_samples}
         work = Work(refs.sizes(samples_per_shard), refs.units(samples_per_shard), pack, ())
         return _prepare(out, plan, work, read, max_error_rate, report, connect)
+
+
+def refuse_unusable(read: DatasetRead, num_captions: int, annotations: str, max_error_rate: float) -> None:
+    """Raises UserError if more rows of the annotations than this share are of no use to the reader, though not empty."""
+    num_unusable = read.unusable.total()
+    num_rows = num_captions + num_unusable
+    if num_unusable > max_error_rate * num_rows:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(read.unusable.items()) if count)
+        some = ", ".join(f"'{key}'" for key, reason in read.skipped_keys if read.unusable[reason])
+        raise UserError(
+            f"{num_unusable} of {num_rows} rows of '{annotations}' cannot be used, more than --max-error-rate {max_error_rate} ({reasons}; "
+            f"such as {some[:100]}); mend them, pass another --format, or raise --max-error-rate"
+        )
 
 
 @dataclass(frozen=True)

@@ -32,14 +32,14 @@ class Unit:
 class SortedRefs:
     """Samples by a hash of (seed, key), so that neighbours are strangers whatever the order they came in.
 
-    num_samples: how many they are. fingerprint: of all of them, in no order: the sum of their sha256, hex.
+    num_samples, num_captions: how many they are and have. fingerprint: of all of them, in no order: the sum of their sha256, hex.
     Raises StorageError if the temporary files cannot be written.
     """
 
     def __init__(self, refs: Iterable[SampleRef], seed: int) -> None:
         self._seed = seed
         self._files = [tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES) for _ in range(_NUM_FILES)]  # noqa: SIM115 (they live as long as this object)
-        self.num_samples = total = 0
+        self.num_samples = self.num_captions = total = 0
         for ref in refs:
             line = json.dumps([ref.key, ref.url, ref.captions, ref.image_id]).encode() + b"\n"
             number = place(seed, ref.key)[0] * _NUM_FILES // 256
@@ -51,6 +51,7 @@ class SortedRefs:
                     f"set TMPDIR to a folder with 300 bytes for each sample"
                 ) from e
             self.num_samples += 1
+            self.num_captions += len(ref.captions)
             total += int.from_bytes(hashlib.sha256(line).digest(), "big")
         self.fingerprint = f"{total % 2**256:064x}"
 

@@ -6,7 +6,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from raycap import storage
-from raycap.datasets.dataset import DatasetRead, key_of, refuse_missing, tidy
+from raycap.datasets.dataset import DatasetRead, is_empty, key_of, keys_of, locate, refuse_missing, tidy
 from raycap.errors import UserError
 from raycap.schema import SampleRef
 
@@ -21,7 +21,7 @@ def read_coco(annotations: str, images: str) -> DatasetRead:
     or when an image file is missing; StorageError when a path does not exist.
     """
     image_entries, annotation_entries = _parse(storage.read_bytes(annotations), annotations)
-    names = _file_names(image_entries, annotations)
+    names, ids = _file_names(image_entries, annotations)
     skips = DatasetRead(samples=())
     captions = _captions_by_image(annotation_entries, names, skips)
     for image_id, name in names.items():
@@ -33,10 +33,15 @@ def read_coco(annotations: str, images: str) -> DatasetRead:
             f"no sample in '{annotations}': {len(image_entries)} images and {len(annotation_entries)} annotations, but "
             f"no image has a caption (skipped {skips.describe_skipped()}); pass a captions_*.json, not an instances_*.json"
         )
-    refuse_missing(list(with_captions.values()), set(storage.iter_names(images)), annotations, images)
+    paths = locate(with_captions.values(), set(storage.iter_names(images)), images)
+    refuse_missing(list(with_captions.values()), paths, annotations, images)
+    keys = keys_of(paths.values())
     samples = tuple(
         SampleRef(
-            key=key_of(name), url=storage.join(images, name), captions=tuple(captions[image_id]), image_id=image_id
+            key=keys[paths[name]],
+            url=storage.join(images, paths[name]),
+            captions=tuple(captions[image_id]),
+            image_id=ids[image_id],
         )
         for image_id, name in with_captions.items()
     )
@@ -61,13 +66,23 @@ def _parse(data: bytes, annotations: str) -> tuple[list[Any], list[Any]]:
     )
 
 
-def _file_names(entries: list[Any], annotations: str) -> dict[int | str, str]:
-    """image id -> file name, normalised. Ids are strings in some data sets that are written like COCO."""
+def _as_id(given: Any) -> int | str | None:
+    """An id to compare by: 1, "1" and 1.0 are one, and a text that is no number is itself."""
+    if isinstance(given, str):
+        return int(given) if given.isascii() and given.isdecimal() else given
+    return (
+        int(given) if isinstance(given, int | float) and given == given // 1 and not isinstance(given, bool) else None
+    )
+
+
+def _file_names(entries: list[Any], annotations: str) -> tuple[dict[int | str, str], dict[int | str, int | str]]:
+    """image id, see _as_id -> file name, normalised; and -> the id as the file writes it."""
     names: dict[int | str, str] = {}
+    ids: dict[int | str, int | str] = {}
     for position, entry in enumerate(entries):
-        image_id = entry.get("id") if isinstance(entry, dict) else None
+        image_id = _as_id(entry.get("id")) if isinstance(entry, dict) else None
         file_name = entry.get("file_name") if isinstance(entry, dict) else None
-        if not isinstance(image_id, int | str) or not isinstance(file_name, str) or not PurePosixPath(file_name).name:
+        if image_id is None or not isinstance(file_name, str) or not PurePosixPath(file_name).name:
             raise UserError(
                 f"images[{position}] in '{annotations}' has no id and file_name: {str(entry)[:100]}; every image of a "
                 f"COCO captions file needs both"
@@ -79,7 +94,8 @@ def _file_names(entries: list[Any], annotations: str) -> dict[int | str, str]:
                 f"captions belong to neither; make the ids unique"
             )
         names[image_id] = name
-    return names
+        ids[image_id] = image_id if isinstance(entry["id"], float) else entry["id"]
+    return names, ids
 
 
 def _captions_by_image(
@@ -87,13 +103,18 @@ def _captions_by_image(
 ) -> dict[int | str, list[str]]:
     captions: dict[int | str, list[str]] = {}
     for entry in sorted(entries, key=_annotation_order):
-        image_id = entry.get("image_id") if isinstance(entry, dict) else None
-        if not isinstance(image_id, int | str) or image_id not in names:
-            skips.skip(str(image_id), "annotation of an unknown image")
+        image_id = _as_id(entry.get("image_id")) if isinstance(entry, dict) else None
+        if image_id is None or image_id not in names:
+            given = entry.get("image_id") if isinstance(entry, dict) else entry
+            skips.skip(str(given)[:60], "annotation of an unknown image", unusable=True)
+        elif entry.get("is_rejected") or entry.get("is_precanned"):  # VizWiz's own tools leave them out
+            skips.skip(key_of(names[image_id]), "annotation marked as rejected or precanned")
         elif caption := tidy(entry.get("caption")):
             captions.setdefault(image_id, []).append(caption)
         else:
-            skips.skip(key_of(names[image_id]), "annotation without caption")
+            empty = is_empty(entry.get("caption"))
+            reason = "annotation without caption" if empty else "annotation whose caption is no text"
+            skips.skip(key_of(names[image_id]), reason, unusable=not empty)
     return captions
 
 

@@ -84,11 +84,12 @@ def _rows(lines: Iterable[bytes], column: int, skips: DatasetRead) -> Iterator[R
         fields = line.split(b"\t")
         url = fields[column] if len(fields) >= 2 else b""
         if not _URL.match(url.strip()):
-            skips.skip(str(number), "row without caption and URL")
+            skips.skip(str(number), "row without caption and URL", unusable=True)
             continue
         stem = f"{number}_{zlib.crc32(url)}"
         text = fields[1 - column].decode("utf-8", "surrogateescape")
         if caption := tidy(text):
             yield stem, caption
         else:
-            skips.skip(stem, "row without caption" if is_unicode(text) else "caption that is not UTF-8")
+            is_text = is_unicode(text)
+            skips.skip(stem, "row without caption" if is_text else "caption that is not UTF-8", unusable=not is_text)

@@ -2,10 +2,11 @@
 
 import bisect
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 from raycap.errors import UserError
 from raycap.schema import SampleRef
@@ -19,17 +20,21 @@ class DatasetRead:
 
     samples: to be iterated once. A tuple, or for Conceptual Captions a stream that reads the file as it goes; then
     `skipped` and `skipped_keys` are complete when it has ended.
-    skipped: reason -> count. skipped_keys: the MAX_SKIPPED_KEYS first (key, reason) in the order of keys, so that they do
+    skipped: reason -> count. unusable: those of them that annotations do not leave empty, but a reader cannot use: they count
+    against --max-error-rate. skipped_keys: the MAX_SKIPPED_KEYS first (key, reason) in the order of keys, so that they do
     not depend on the order of the file; a key is what the annotations call the entry.
     """
 
     samples: Iterable[SampleRef]
     skipped: Counter[str] = field(default_factory=Counter)
+    unusable: Counter[str] = field(default_factory=Counter)
     skipped_keys: list[tuple[str, str]] = field(default_factory=list)
 
-    def skip(self, key: str, reason: str) -> None:
+    def skip(self, key: str, reason: str, *, unusable: bool = False) -> None:
         """Counts one entry."""
         self.skipped[reason] += 1
+        if unusable:
+            self.unusable[reason] += 1
         entry = (printable(key), reason)
         if len(self.skipped_keys) < MAX_SKIPPED_KEYS or entry < self.skipped_keys[-1]:
             bisect.insort(self.skipped_keys, entry)
@@ -43,6 +48,11 @@ class DatasetRead:
 def tidy(text: Any) -> str:
     """The caption on one line, without surrounding and repeated whitespace; "" for what is no text in Unicode."""
     return " ".join(text.split()) if isinstance(text, str) and is_unicode(text) else ""
+
+
+def is_empty(text: Any) -> bool:
+    """Whether annotations leave a caption empty, and do not hold something else in its place."""
+    return text is None or (isinstance(text, str) and not text.strip())
 
 
 def is_unicode(text: str) -> bool:
@@ -62,6 +72,34 @@ def printable(text: str) -> str:
 def key_of(name: str) -> str:
     """The key of an image file: its path below the root without suffix."""
     return str(PurePosixPath(name).with_suffix(""))
+
+
+def keys_of(names: Collection[str]) -> dict[str, str]:
+    """The key of each of these image files: without its suffix, unless another one has the same stem."""
+    stems = Counter(map(key_of, set(names)))
+    return {name: name if stems[key_of(name)] > 1 else key_of(name) for name in names}
+
+
+def locate(names: Collection[str], present: Collection[str], images: str) -> dict[str, str]:
+    """name -> path below the folder or URL `images`, of the names that are there in one of the forms that annotations have: as it
+    is, with backslashes, as an absolute path below `images`, below the folder that `images` ends with, or as the last part of a
+    path or URL of somebody else.
+    """
+    found = ((name, next((form for form in _forms(name, images) if form in present), None)) for name in names)
+    return {name: path for name, path in found if path is not None}
+
+
+def _forms(name: str, images: str) -> Iterator[str]:
+    yield name
+    plain, root = name.replace("\\", "/"), images.rstrip("/")
+    yield str(PurePosixPath(plain))
+    for above in (f"{root}/", f"{root.rpartition('/')[2]}/"):
+        if plain.startswith(above):
+            yield str(PurePosixPath(plain.removeprefix(above)))
+    if plain.startswith("/") or ":/" in plain:
+        last = plain.rpartition("/")[2]
+        yield last
+        yield unquote(last.partition("?")[0])
 
 
 def refuse_missing(names: Collection[str], present: Collection[str], annotations: str, images: str) -> None:

@@ -5,10 +5,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from pathlib import PurePosixPath
 
 from raycap import storage
-from raycap.datasets.dataset import DatasetRead, is_unicode, key_of, tidy
+from raycap.datasets.dataset import DatasetRead, is_unicode, key_of, keys_of, tidy
 from raycap.datasets.karpathy import find_images
 from raycap.errors import UserError
 from raycap.schema import SampleRef
@@ -63,8 +62,9 @@ def read_flickr(annotations: str, images: str, split: str = "") -> DatasetRead:
     if not captions:
         raise UserError(f"no sample in '{annotations}': skipped {skips.describe_skipped()}; pass a file with captions")
     paths = find_images(images, list(captions), annotations)
+    keys = keys_of(captions)
     samples = tuple(
-        SampleRef(key=PurePosixPath(image).stem, url=storage.join(images, paths[image]), captions=texts)
+        SampleRef(key=keys[image], url=storage.join(images, paths[image]), captions=texts)
         for image, texts in captions.items()
     )
     return replace(skips, samples=samples)
@@ -115,7 +115,7 @@ def _text_lines(annotations: str, skips: DatasetRead) -> Iterator[str]:
     for number, line in enumerate(storage.read_lines(annotations), 1):
         text = line.decode("utf-8", "surrogateescape")
         if not is_unicode(text):
-            skips.skip(f"line {number}: {text[:60]}", "line that is not UTF-8")
+            skips.skip(f"line {number}: {text[:60]}", "line that is not UTF-8", unusable=True)
         elif text.strip():
             yield text
 
@@ -125,7 +125,7 @@ def _token_rows(first: str, lines: Iterable[str], skips: DatasetRead) -> Iterato
         if match := _TOKEN.fullmatch(line):
             yield match[1], int(match[2]), match[3]
         else:
-            skips.skip(line[:60], "line that is no `image#number<TAB>caption`")
+            skips.skip(line[:60], "line that is no `image#number<TAB>caption`", unusable=True)
 
 
 def _table_rows(
@@ -137,13 +137,13 @@ def _table_rows(
     table = csv.reader(ended) if delimiter == "," else csv.reader(ended, delimiter=delimiter, quoting=csv.QUOTE_NONE)
     try:
         for row in table:
-            if num_columns == 2 and len(row) == 2:
-                yield row[0].strip(), _LAST, row[1]
+            if num_columns == 2 and len(row) >= 2:
+                yield row[0].strip(), _LAST, delimiter.join(row[1:])  # a caption with commas and no quotes
             elif num_columns == 3 and len(row) >= 3 and row[1].strip().isdecimal():
                 yield row[0].strip(), int(row[1]), delimiter.join(row[2:])
             elif num_columns == 3 and len(row) == 2 and (match := _NUMBER_AND_TEXT.fullmatch(row[1].strip())):
                 yield row[0].strip(), int(match[1]), match[2]
             else:
-                skips.skip(delimiter.join(row)[:60], f"row without {num_columns} columns")
+                skips.skip(delimiter.join(row)[:60], f"row without {num_columns} columns", unusable=True)
     except csv.Error as e:
         raise UserError(f"cannot read row {table.line_num} of '{annotations}': {e}; mend its quotes") from e

@@ -42,8 +42,9 @@ def find_shards(root: str, entries: Sequence[storage.Entry]) -> list[ShardFile]:
         images = [entry.name for entry in entries if entry.name.lower().endswith(IMAGES)]
         if images:
             raise StorageError(
-                f"{root!r} holds images as files, {images[0]!r} say, and no shards; pack them with jobs/prepare_shards.py, or "
-                f"run img2dataset with --output_format webdataset"
+                f"{root!r} holds images as files, {images[0]!r} say, and no shards; captions in files beside them are not read yet: write "
+                f"a CSV with the header `image,caption` and give it to jobs/prepare_shards.py --annotations with this folder as "
+                f"--images, or run img2dataset with --output_format webdataset"
             )
     if not shards:
         raise StorageError(

@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from raycap import storage
-from raycap.datasets.dataset import DatasetRead, key_of, refuse_missing, tidy
+from raycap.datasets.dataset import DatasetRead, is_empty, key_of, keys_of, locate, refuse_missing, tidy
 from raycap.errors import UserError
 from raycap.schema import SampleRef
 
@@ -50,8 +50,9 @@ def read_karpathy(annotations: str, images: str, split: str) -> DatasetRead:
             f"another file"
         )
     paths = find_images(images, list(captions), annotations)
+    keys = keys_of(captions)
     samples = tuple(
-        SampleRef(key=key_of(name), url=storage.join(images, paths[name]), captions=texts, image_id=ids[name])
+        SampleRef(key=keys[name], url=storage.join(images, paths[name]), captions=texts, image_id=ids[name])
         for name, texts in captions.items()
     )
     return replace(skips, samples=samples)
@@ -59,16 +60,31 @@ def read_karpathy(annotations: str, images: str, split: str) -> DatasetRead:
 
 def find_images(images: str, names: list[str], annotations: str) -> dict[str, str]:
     """name -> path below images. A name without folder may lie in any: Flickr's archives have folders of several names,
-    and one of them twice. Of several files of one name the one nearest to the root counts.
+    and one of them twice. Of several equal files of one name the one nearest to the root counts.
 
-    Raises UserError, naming the first, if an image is missing.
+    Raises UserError, naming the first, if an image is missing, or if files of its name are different pictures.
     """
     present = set(storage.iter_names(images))
-    by_file_name: dict[str, str] = {}
+    paths = locate(names, present, images)
+    by_file_name: dict[str, list[str]] = {}
     for path in sorted(present, key=lambda path: (path.count("/"), path)):
-        by_file_name.setdefault(path.rpartition("/")[2], path)
-    refuse_missing(names, present | by_file_name.keys(), annotations, images)
-    return {name: name if name in present else by_file_name[name] for name in names}
+        by_file_name.setdefault(path.rpartition("/")[2], []).append(path)
+    refuse_missing(names, paths.keys() | by_file_name.keys(), annotations, images)
+    for name in names:
+        if name not in paths:
+            first, *others = by_file_name[name]
+            if others and any(not _same_bytes(images, first, other) for other in others):
+                raise UserError(
+                    f"'{name}' of '{annotations}' is the name of different files below '{images}': '{first}' and '{others[0]}'; give the "
+                    f"folder of the right ones, or write the folder into the annotations"
+                )
+            paths[name] = first
+    return paths
+
+
+def _same_bytes(images: str, first: str, second: str) -> bool:
+    one, other = (storage.read_bytes(storage.join(images, path)) for path in (first, second))
+    return one == other
 
 
 def _parse(data: bytes, annotations: str) -> list[dict[str, Any]]:
@@ -106,7 +122,8 @@ def _captions(entry: dict[str, Any], key: str, skips: DatasetRead) -> tuple[str,
         if text := tidy(sentence.get("raw") if isinstance(sentence, dict) else None):
             texts.append(text)
         else:
-            skips.skip(key, "sentence without text")
+            empty = isinstance(sentence, dict) and is_empty(sentence.get("raw"))
+            skips.skip(key, "sentence without text" if empty else "sentence that is no text", unusable=not empty)
     return tuple(texts)
 
 

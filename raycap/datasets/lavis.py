@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from raycap import storage
-from raycap.datasets.dataset import DatasetRead, key_of, refuse_missing, tidy
+from raycap.datasets.dataset import DatasetRead, is_empty, key_of, keys_of, locate, refuse_missing, tidy
 from raycap.errors import UserError
 from raycap.schema import SampleRef
 
@@ -38,7 +38,7 @@ def read_lavis(annotations: str, images: str) -> DatasetRead:
     for number, row in enumerate(rows):
         image = row.get("image") if isinstance(row, dict) else None
         if not isinstance(image, str) or not PurePosixPath(image).name:
-            skips.skip(f"[{number}]", "row without image")
+            skips.skip(f"[{number}]", "row without image", unusable=True)
             continue
         path = PurePosixPath(image)
         name = path.name if path.is_absolute() else str(path)
@@ -50,7 +50,8 @@ def read_lavis(annotations: str, images: str) -> DatasetRead:
             if caption := tidy(text):
                 target.setdefault(name, []).append(caption)
             else:
-                skips.skip(key_of(name), "row without caption")
+                reason = "row without caption" if is_empty(text) else "row whose caption is no text"
+                skips.skip(key_of(name), reason, unusable=not is_empty(text))
     captions = {
         name: (*listed.get(name, ()), *sorted(single.get(name, ()))) for name in ids if name in listed or name in single
     }
@@ -64,8 +65,9 @@ def read_lavis(annotations: str, images: str) -> DatasetRead:
     paths = _find(captions, is_web, annotations, images)
     for name in captions.keys() - paths.keys():
         skips.skip(key_of(name), "image file is missing")
+    keys = keys_of(paths)
     samples = tuple(
-        SampleRef(key=key_of(name), url=storage.join(images, paths[name]), captions=texts, image_id=ids[name])
+        SampleRef(key=keys[name], url=storage.join(images, paths[name]), captions=texts, image_id=ids[name])
         for name, texts in captions.items()
         if name in paths
     )
@@ -78,8 +80,8 @@ def _find(names: Collection[str], is_web: bool, annotations: str, images: str) -
     Raises UserError if one is not and the list is of no web images, or if none is.
     """
     present = set(storage.iter_names(images))
-    choices = {name: next((n for n in (name, name.rpartition("/")[2]) if n in present), None) for name in names}
-    paths = {name: path for name, path in choices.items() if path is not None}
+    paths = locate(names, present, images)
+    paths |= {name: last for name in names if name not in paths and (last := name.rpartition("/")[2]) in present}
     if not is_web or not paths:
         refuse_missing(names, paths.keys(), annotations, images)
     return paths

@@ -42,7 +42,13 @@ def read_dataset(annotations: str, images: str, *, format: DatasetFormat = "auto
 
 def detect_format(annotations: str) -> DatasetFormat:
     """The format of the file, from its first 64 KB. Raises UserError if they tell none."""
-    head = storage.read_head(annotations).decode("utf-8", "replace")
+    data = storage.read_head(annotations)
+    if other := _not_read_yet(data):
+        raise UserError(
+            f"'{annotations}' is {other}, which raycap does not read yet; write its captions as CSV with the header `image,caption` and "
+            f"commas, in UTF-8, or as COCO's captions_*.json"
+        )
+    head = data.decode("utf-8", "replace")
     start = head.lstrip()
     if start.startswith("["):
         return "lavis"
@@ -59,6 +65,33 @@ def detect_format(annotations: str) -> DatasetFormat:
         f"cannot tell the format of '{annotations}', which begins with {json.dumps(start[:60])}; pass --format with one of "
         f"{formats}"
     )
+
+
+def _not_read_yet(data: bytes) -> str:
+    """What a file of captions is that would otherwise be taken for another or for nothing; "" of others."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "text in UTF-16"
+    if data.startswith(b"PAR1"):
+        return "a Parquet table, as Hugging Face's data sets are"
+    first, _, rest = data.decode("utf-8", "replace").strip().partition("\n")
+    if first.startswith("{"):
+        try:
+            row = json.loads(first)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and ((rest and not row.keys() & {"images", "annotations"}) or "file_name" in row):
+            return "a JSON Lines file, such as metadata.jsonl of an image folder"
+        if re.search(
+            r'"(caption_str|reference_strs)"|"dataset_name"\s*:\s*"textcaps"', data.decode("utf-8", "replace")
+        ):
+            return "a file of TextCaps"
+        return ""
+    columns = [column.strip().strip('"').lower() for column in re.split(r"[,;\t|]", first)]
+    names = {"file_name", "filename", "file", "image", "image_name", "image_path", "filepath", "path"}
+    texts = {"caption", "captions", "text", "comment", "description", "title"}
+    if names & set(columns) and texts & set(columns) and _detect_table(f"{first}\n{rest}") is None:
+        return f"a table with the header {first[:60]!r}"
+    return ""
 
 
 def _detect_table(start: str) -> DatasetFormat | None:

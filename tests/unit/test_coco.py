@@ -100,7 +100,7 @@ def test_a_file_name_that_is_not_utf8_beside_the_images_does_not_matter(tmp_path
 def test_a_caption_that_is_no_unicode_is_counted(tmp_path: Path) -> None:
     annotations = [*CAPTIONS, {"id": 16, "image_id": 3, "caption": "half \ud83d a pair"}]
     result = read(tmp_path, annotations=annotations)
-    assert result.skipped == {"annotation without caption": 1}
+    assert result.skipped == result.unusable == {"annotation whose caption is no text": 1}
 
 
 def test_the_listed_keys_are_the_first_hundred_of_the_keys_whatever_the_order_of_the_file(tmp_path: Path) -> None:
@@ -157,12 +157,13 @@ def test_an_image_entry_without_id_or_file_name_is_named(tmp_path: Path, entry: 
         read(tmp_path, [*IMAGES, entry], files=())
 
 
-def test_two_images_of_one_key_are_both_read_because_packing_counts_the_second(tmp_path: Path) -> None:
+def test_two_images_of_one_stem_keep_their_suffix_in_the_key(tmp_path: Path) -> None:
     annotations = [*CAPTIONS, {"id": 16, "image_id": 8, "caption": "another"}]
     samples = read(tmp_path, [*IMAGES, {"id": 8, "file_name": "./b.png"}], annotations).samples
-    assert [(sample.key, sample.url.rpartition("/")[2]) for sample in samples if sample.key == "b"] == [
-        ("b", "b.jpg"),
-        ("b", "b.png"),
+    assert [(sample.key, sample.url.rpartition("/")[2]) for sample in samples] == [
+        ("b.jpg", "b.jpg"),
+        ("part/a", "a.png"),
+        ("b.png", "b.png"),
     ]
 
 
@@ -188,3 +189,47 @@ def test_a_real_coco_file_gives_every_image_with_its_five_captions() -> None:
         assert Path(sample.url).is_file()
         assert len(sample.captions) >= 5
         assert all(caption == " ".join(caption.split()) != "" for caption in sample.captions)
+
+
+def test_annotations_that_vizwiz_marks_are_left_out_and_counted(tmp_path: Path) -> None:
+    marked = {"is_precanned": False, "is_rejected": False}
+    images = [*IMAGES, {"id": 9, "file_name": "dark.jpg"}]
+    annotations = [
+        *[entry | marked for entry in CAPTIONS],
+        {"id": 20, "image_id": 7, "caption": "spam", **marked, "is_rejected": True},
+        {"id": 21, "image_id": 9, "caption": "Quality issues are too severe.", **marked, "is_precanned": True},
+    ]
+    result = read(tmp_path, images, annotations)
+    assert [sample.captions for sample in result.samples] == [("Two dogs.",), ("one cat", "a cat on a mat")]
+    assert result.skipped == {"annotation marked as rejected or precanned": 2, "image without captions": 1}
+    assert result.unusable.total() == 0
+
+
+def test_ids_that_are_whole_numbers_are_compared_as_numbers(tmp_path: Path) -> None:
+    images = [{"id": 1.0, "file_name": "a.jpg"}, {"id": "2", "file_name": "b.jpg"}, {"id": 3, "file_name": "c.jpg"}]
+    annotations = [{"image_id": i, "caption": "a dog"} for i in ("1", 2.0, "3", 3)]
+    result = read(tmp_path, images, annotations)
+    assert [(sample.image_id, len(sample.captions)) for sample in result.samples] == [(1, 1), ("2", 1), (3, 2)]
+    assert not result.skipped
+
+
+def test_what_a_row_leaves_empty_is_not_held_against_it_and_what_it_holds_instead_is(tmp_path: Path) -> None:
+    extra = [{"image_id": 7, "caption": caption} for caption in (None, " ", 5, ["a"])]
+    result = read(tmp_path, annotations=[*CAPTIONS, *extra, {"image_id": 99, "caption": "a"}, 5])
+    assert result.unusable == {"annotation whose caption is no text": 2, "annotation of an unknown image": 2}
+    assert result.skipped["annotation without caption"] == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["part\\a.png", "{images}/part/a.png", "images/part/a.png", "./part/a.png", "part//a.png"]
+)
+def test_a_file_name_is_found_in_the_forms_that_annotations_have(tmp_path: Path, name: str) -> None:
+    name = name.replace("{images}", str(tmp_path / "images"))
+    (sample,) = read(tmp_path, [{"id": 3, "file_name": name}], files=("part/a.png",)).samples
+    assert (sample.key, sample.url) == ("part/a", str(tmp_path / "images" / "part" / "a.png"))
+
+
+@pytest.mark.parametrize("name", ["http://host/x/a%20b.png?size=1", "/home/me/coco/a b.png", "C:/coco/a b.png"])
+def test_the_last_part_of_somebody_elses_path_or_url_is_looked_for(tmp_path: Path, name: str) -> None:
+    (sample,) = read(tmp_path, [{"id": 3, "file_name": name}], files=("a b.png",)).samples
+    assert sample.url.endswith("/images/a b.png")

@@ -152,3 +152,44 @@ def test_a_file_that_holds_no_captions_of_flickr_is_refused(tmp_path: Path, cont
         read(tmp_path, content)
     assert says in str(caught.value)
     assert "Flickr8k.token.txt'" in str(caught.value)
+
+
+def images_below(folder: Path, **files: bytes) -> str:
+    for name, data in files.items():
+        path = folder / "images" / name.replace("__", "/").replace("_dot_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return str(folder / "images")
+
+
+def test_captions_with_commas_and_no_quotes_are_whole(tmp_path: Path) -> None:
+    (tmp_path / "captions.csv").write_text("image,caption\na.jpg,a dog, a cat, and a bird\nb.jpg,one\n")
+    images = images_below(tmp_path, a_dot_jpg=b"1", b_dot_jpg=b"2")
+    result = read_flickr(str(tmp_path / "captions.csv"), images)
+    assert [sample.captions for sample in result.samples] == [("a dog, a cat, and a bird",), ("one",)]
+    assert not result.skipped
+
+
+def test_keys_keep_the_folder_and_the_suffix_where_two_files_have_one_stem(tmp_path: Path) -> None:
+    rows = ["cats/0.jpg,a cat", "dogs/0.jpg,a dog", "a.jpg,one", "a.png,two"]
+    (tmp_path / "captions.csv").write_text("\n".join(["image,caption", *rows]))
+    images = images_below(tmp_path, cats__0_dot_jpg=b"1", dogs__0_dot_jpg=b"2", a_dot_jpg=b"3", a_dot_png=b"4")
+    samples = read_flickr(str(tmp_path / "captions.csv"), images).samples
+    assert [(sample.key, sample.captions) for sample in samples] == [
+        ("cats/0", ("a cat",)),
+        ("dogs/0", ("a dog",)),
+        ("a.jpg", ("one",)),
+        ("a.png", ("two",)),
+    ]
+
+
+def test_a_name_of_different_pictures_is_refused_and_one_of_equal_copies_is_read(tmp_path: Path) -> None:
+    (tmp_path / "captions.csv").write_text("image,caption\n0001.jpg,a dog\n")
+    images = images_below(tmp_path, train__0001_dot_jpg=b"1", test__0001_dot_jpg=b"1")
+    (sample,) = read_flickr(str(tmp_path / "captions.csv"), images).samples
+    assert sample.captions == ("a dog",)
+    images_below(tmp_path, train__0001_dot_jpg=b"2")
+    with pytest.raises(
+        UserError, match=r"'0001.jpg' of .* is the name of different files .*: 'test/0001.jpg' and 'train/0001.jpg'"
+    ):
+        read_flickr(str(tmp_path / "captions.csv"), images)

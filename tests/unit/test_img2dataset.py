@@ -313,10 +313,10 @@ def test_what_holds_no_shards_is_refused_with_what_to_do(tmp_path: Path) -> None
     (files / "000000000.jpg").write_bytes(b"x")
     write_table = pa.Table.from_pylist([row_of(0, 0, Tried())], schema=schema())
     pq.write_table(write_table, tmp_path / "files" / "00000.parquet")
-    assert refusal(tmp_path / "files") == (
-        f"'{tmp_path}/files' holds images as files, '00000/000000000.jpg' say, and no shards; pack them with "
-        f"jobs/prepare_shards.py, or run img2dataset with --output_format webdataset"
-    )
+    said = refusal(tmp_path / "files")
+    assert said.startswith(f"'{tmp_path}/files' holds images as files, '00000/000000000.jpg' say, and no shards; ")
+    assert "a CSV with the header `image,caption`" in said
+    assert "or run img2dataset with --output_format webdataset" in said
     write_tar(tmp_path / "silent", 0, many(3), captions=False)
     write_tar(tmp_path / "silent", 1, [LOST])
     assert refusal(tmp_path / "silent") == (

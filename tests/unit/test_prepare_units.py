@@ -300,12 +300,11 @@ def test_what_cannot_be_packed_is_counted_listed_and_not_fatal_below_the_rate(
 ) -> None:
     images = Path(coco) / "images"
     document = json.loads(storage.read_bytes(f"{coco}/captions.json"))
-    document["images"].append({"id": 100, "file_name": "a/0009.png"})  # the key of a/0009.jpg
+    document["images"].append({"id": 100, "file_name": "a/0009.jpg"})  # a second time
     document["images"].append({"id": 101, "file_name": os.fsdecode(b"caf\xe9.jpg")})
     document["images"].append({"id": 102, "file_name": "silent.jpg"})
     document["annotations"] += [{"image_id": i, "caption": " " if i == 102 else "c"} for i in (100, 101, 102)]
-    for name in ("a/0009.png", os.fsdecode(b"caf\xe9.jpg")):
-        (images / name).write_bytes(b"x")
+    (images / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"x")
     storage.put(f"{coco}/captions.json", json.dumps(document).encode())
     (images / "a/0001.jpg").write_bytes(b"")
     (images / "a/0002.jpg").unlink()
@@ -698,6 +697,27 @@ def kill_often(coco: str, root: str) -> None:
         if killed["at_random"] >= 10:
             break
     print(json.dumps({"killed": killed, "different": different}))
+
+
+def test_rows_that_a_reader_cannot_use_count_against_the_rate_and_empty_ones_do_not(tmp_path: Path) -> None:
+    write_coco(tmp_path)
+    path = tmp_path / "captions.json"
+    document = json.loads(path.read_text())
+    good = len(document["annotations"])
+    document["annotations"] += [{"image_id": 0, "caption": ""}] * 50
+    path.write_text(json.dumps(document))
+    run = functools.partial(prepare.prepare_shards, str(path), str(tmp_path / "images"), report=lambda _: None)
+    document["annotations"] += [{"image_id": "nobody", "caption": "a dog"}] * 2
+    path.write_text(json.dumps(document))
+    with pytest.raises(
+        UserError, match=rf"2 of {good + 2} rows of .* cannot be used, more than --max-error-rate 0.05 \(annotation of"
+    ):
+        run(str(tmp_path / "out"), max_error_rate=0.05)
+    assert not (tmp_path / "out").exists()
+    document["annotations"] = document["annotations"][:-2]
+    path.write_text(json.dumps(document))
+    read = prepare.read_dataset(str(path), str(tmp_path / "images"))
+    prepare.refuse_unusable(read, good, str(path), 0.0)
 
 
 if __name__ == "__main__":

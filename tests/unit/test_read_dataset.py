@@ -34,9 +34,7 @@ def test_the_format_is_found_in_the_content(tmp_path: Path, content: str, format
     assert detect_format(str(tmp_path / "annotations")) == format
 
 
-@pytest.mark.parametrize(
-    "content", ["", "hello", '{"dataset": 3}', "{'images'", "a\tb\n", "image;caption\n", "\0\1\2", f"{URL} a dog"]
-)
+@pytest.mark.parametrize("content", ["", "hello", '{"dataset": 3}', "{'images'", "a\tb\n", "\0\1\2", f"{URL} a dog"])
 def test_content_that_tells_nothing_asks_for_the_flag(tmp_path: Path, content: str) -> None:
     (tmp_path / "annotations").write_text(content)
     with pytest.raises(UserError) as caught:
@@ -85,3 +83,26 @@ def test_a_split_of_a_file_that_has_one_is_refused(tmp_path: Path, content: str)
 def test_a_missing_file_is_a_storage_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="nowhere"):
         read_dataset(f"{tmp_path}/nowhere", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b'{"file_name": "1.jpg", "text": "a dog"}\n{"file_name": "2.jpg", "text": "a cat"}\n', "a JSON Lines file"),
+        (b'{"file_name": "1.jpg", "text": "a dog"}', "a JSON Lines file"),
+        (b"PAR1\x15\x04\x15", "a Parquet table"),
+        ("image,caption\n1.jpg,a dog\n".encode("utf-16"), "text in UTF-16"),
+        (b"image;caption\n1.jpg;a dog\n", "a table with the header 'image;caption'"),
+        (b"filename,caption\n1.jpg,a dog\n", "a table with the header 'filename,caption'"),
+        (b"image\tcaption\n1.jpg\ta dog\n", "a table with the header"),
+        (b'{"dataset_type":"train","dataset_name":"textcaps","data":[{"caption_str":"a"}]}', "a file of TextCaps"),
+    ],
+)
+def test_formats_that_are_not_read_yet_are_called_by_name_with_what_to_do(
+    tmp_path: Path, content: bytes, what: str
+) -> None:
+    (tmp_path / "annotations").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_dataset(str(tmp_path / "annotations"), str(tmp_path))
+    assert f"is {what}" in str(caught.value)
+    assert "does not read yet; write its captions as CSV with the header `image,caption`" in str(caught.value)
