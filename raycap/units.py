@@ -13,11 +13,18 @@ driver, make the same units under the same names, and one of them wins.
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raycap import storage
 from raycap.errors import StorageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+README = "README.md"
+_DTYPES = {"float": "float32", "double": "float64"}  # Arrow's name -> that of `datasets`
 
 
 def claim(url: str, plan: dict[str, Any]) -> None:
@@ -70,6 +77,35 @@ def commit_first(url: str, data: bytes) -> bool:
     the plan that every run of it had to claim.
     """
     return storage.put_new(url, data)
+
+
+def describe(root: str, path: str, split: str, about: str, schema: "pa.Schema | None" = None) -> None:
+    """Creates README.md in root, if there is none: the head by which Hugging Face's `datasets` finds the data among the other files.
+
+    path: of the data files below root, as a pattern. about: one sentence. schema: of JSON lines, whose columns may hold only null
+    in the part by which types are guessed.
+    """
+    head = f'configs:\n- config_name: default\n  data_files:\n  - split: {split}\n    path: "{path}"\n'
+    if schema is not None:
+        head += "dataset_info:\n  features:\n" + _features(schema, "  ")
+    storage.put_new(storage.join(root, README), f"---\n{head}---\n{about}\n".encode())
+
+
+def _features(columns: "Iterable[pa.Field]", indent: str) -> str:
+    """The columns as `datasets` writes them into a README."""
+    import pyarrow as pa
+
+    lines = ""
+    for column in columns:
+        kind, word = column.type, "dtype"
+        if pa.types.is_list(kind):
+            kind, word = kind.value_type, "list"
+        lines += f"{indent}- name: {column.name}\n"
+        if pa.types.is_struct(kind):
+            lines += f"{indent}  {word}:\n{_features(kind, indent + '  ')}"
+        else:
+            lines += f"{indent}  {word}: {_DTYPES.get(str(kind), str(kind))}\n"
+    return lines
 
 
 def done(root: str, suffix: str) -> set[str]:

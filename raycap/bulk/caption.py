@@ -21,6 +21,7 @@ from raycap.checkpoint import SEAL, CheckpointSpec, open_spec
 from raycap.config import CaptionBucketConfig, compute_dtype, default_root
 from raycap.data.demo import LAST_OF_BUCKET, demo_bucket, given_or_demo
 from raycap.errors import CheckpointError, StorageError, UserError
+from raycap.schema import caption_schema
 from raycap.scorer import chosen_by, scorer_fingerprint
 from raycap.storage import Entry
 
@@ -119,10 +120,17 @@ def _make(
         )
     errors = verify.verify_units(job, manifest)
     verify.check_unreadable(errors, manifest.num_rows, config.max_error_rate, config.out)
+    _describe(job)
     summary = verify.seal(job, manifest.num_rows, errors, progress.elapsed_s)
     report(table(summary))
     report(f"wrote {summary['num_images']} rows to {storage.join(config.out, plan.DATA)}")
     return summary
+
+
+def _describe(job: plan.Job) -> None:
+    about = "Captions by raycap, one row per image; a row without a caption has an error_kind."
+    schema = caption_schema() if job.format == "jsonl" else None
+    units.describe(job.out, f"{plan.DATA}/*.{job.format}", "train", about, schema)
 
 
 def _inputs(config: CaptionBucketConfig) -> tuple[str, str]:

@@ -239,6 +239,7 @@ def _gather(out: str, work: Work, read: DatasetRead, limit: Limit) -> Manifest:
         "duplicate_groups": groups,
     }
     units.commit(storage.join(out, REPORT), (json.dumps(facts, indent=1, sort_keys=True) + "\n").encode())
+    units.describe(out, "*.tar", "train", f"{num_packed} images with captions in WebDataset tars, packed by raycap.")
     units.seal(out, MANIFEST, manifest_bytes(parts))
     return build_manifest(out, parts, {})
 

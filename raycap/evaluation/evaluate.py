@@ -10,10 +10,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 import torch
 
-from raycap import cluster, storage
+from raycap import cluster, storage, units
 from raycap.captioner import Captioner, check_finite
 from raycap.checkpoint import SEAL, CheckpointSpec, open_spec
 from raycap.config import EvaluateConfig, default_root
@@ -106,11 +107,28 @@ def _write(out: str, rows: list[Row], cider_by_key: dict[str, float], about: dic
     lines = (json.dumps(row | {"cider": cider_by_key.get(row["key"])}) + "\n" for row in rows)
     storage.put(storage.join(out, "captions.json"), (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
     storage.put(storage.join(out, PER_IMAGE), "".join(lines).encode())
+    said = "Captions of a split beside their references, scored by raycap."
+    units.describe(out, PER_IMAGE, "test", said, per_image_schema(rows))
     storage.put(storage.join(out, "metrics.json"), (json.dumps(about, indent=2) + "\n").encode())
     for name, value in about["metrics"].items():
         print(f"{name:<8} {value:.4f}")
     print(f"wrote {out}/metrics.json, captions.json and {PER_IMAGE}", flush=True)
     print(f"report: {write_report(out)}", flush=True)
+
+
+def per_image_schema(rows: list[Row]) -> pa.Schema:
+    """Of per_image.jsonl; the ids of a data set are numbers or texts."""
+    is_text = any(isinstance(row["image_id"], str) for row in rows)
+    names = ("key", "image_id", "caption", "references", "error_kind", "cider")
+    types = (
+        pa.string(),
+        pa.string() if is_text else pa.int64(),
+        pa.string(),
+        pa.list_(pa.string()),
+        pa.string(),
+        pa.float64(),
+    )
+    return pa.schema(list(zip(names, types, strict=True)))
 
 
 def _connect(config: EvaluateConfig) -> bool:

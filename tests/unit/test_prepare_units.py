@@ -37,7 +37,7 @@ from raycap.storage import local
 
 NUM_IMAGES = 10
 SAMPLES_PER_SHARD = 4
-NUM_COMMITS = 9  # the plan, three tars with their indexes, the report, the manifest
+NUM_COMMITS = 10  # the plan, three tars with their indexes, the report, the README, the manifest
 
 
 def write_coco(folder: Path, num_images: int = NUM_IMAGES) -> Path:
