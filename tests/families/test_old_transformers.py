@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_untied_words import untie
 from tiny import png_images
 from tiny_families import write_family
 
 from raycap.captioner import Captioner
-from raycap.checkpoint import SEAL, open_checkpoint
+from raycap.checkpoint import SEAL, export_weights, load_model, open_checkpoint, save_checkpoint
 from raycap.image import decode_image, prepare_image
 from raycap.schema import DecodeSettings
 
@@ -99,6 +100,18 @@ def test_old_versions_say_what_we_say(old_python: str, tmp_path: Path) -> None:
     for family in ("blip", "vit_gpt2"):
         write_family(tmp_path / family, family)
         assert captions_in(old_python, tmp_path, family) == captions_here(tmp_path, family)
+
+
+def test_old_versions_find_an_output_layer_of_its_own_where_we_write_it(old_python: str, tmp_path: Path) -> None:
+    for family in ("blip", "vit_gpt2"):
+        folder = write_family(tmp_path / f"{family}_tied", family, sealed=False)
+        tied = captions_here(tmp_path, folder.name)
+        untie(folder)
+        spec, weights = open_checkpoint(str(folder))
+        save_checkpoint(str(tmp_path / family), export_weights(load_model(spec, weights, "x")), spec, {"step": 1})
+        ours = captions_here(tmp_path, family)
+        assert captions_in(old_python, tmp_path, family) == ours
+        assert ours != tied
 
 
 def test_we_say_what_old_versions_say_of_what_they_trained(old_python: str, tmp_path: Path) -> None:
