@@ -28,6 +28,7 @@ from raycap.errors import SampleErrorKind, StorageError
 from raycap.schema import ShardIndex
 from raycap.shards import MANIFEST, Manifest, index_shard, read_manifest
 from raycap.shards.manifest import ShardArrays, build_manifest, manifest_bytes, without_keys
+from raycap.shards.tar import first_fault
 
 INDEX = "_index"
 PLAN = f"{INDEX}/plan.json"
@@ -113,9 +114,12 @@ def _gather(root: str, index_root: str, files: Sequence[ShardFile]) -> Manifest:
     failures = shorten(failures)
     if not any(len(part.checksums) for part in parts):
         kinds = Counter(kind for part in parts for _, kind in part.skipped)
+        url = storage.join(root, files[0].name)
+        fault = first_fault(storage.read_head(url, 2**22), url) if url.endswith(".tar") else ""
         raise StorageError(
             f"none of the {len(files)} shards below {root!r} has a sample with an image and a caption ({_counts(kinds)}); "
-            f"give shards with captions, which img2dataset writes with --caption_col"
+            + (f"the first {fault}" if fault else "give shards with captions")
+            + (" (img2dataset writes captions with --caption_col)" if kinds.keys() <= {"no_caption"} else "")
         )
     storage.put(storage.join(index_root, MANIFEST), manifest_bytes(parts, dict(failures)))
     return build_manifest(root, parts, dict(failures))

@@ -104,8 +104,13 @@ def scan_tar(view: memoryview, ended: bool = False) -> Scan:
 
 
 def _join(groups: list[Group], member: Member) -> None:
-    """Adds a member to the last sample if it is of the same name; a suffix that it has already begins another one."""
+    """Adds a member to the last sample if it is of the same name; a suffix that it has already begins another one.
+
+    A member without a name before its first dot (`._0001.jpg` of macOS, `.DS_Store`) is passed over, as webdataset does.
+    """
     name, suffix = member.sample, member.suffix
+    if not name or name.endswith(b"/"):
+        return
     if not groups or groups[-1].name != name or any(suffix == other for other, _, _ in groups[-1].members):
         groups.append(Group(name, member.start, member.stop, []))
     groups[-1].members.append((suffix, member.data, member.data + member.size))

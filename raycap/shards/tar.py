@@ -14,7 +14,8 @@ from raycap.schema import Sample, SampleError, ShardIndex
 from raycap.shards.growing import GrowingIndex, changed
 from raycap.shards.headers import Group, Member, decode_name, encode_key, group_checksum, scan_tar, show_name
 
-_TEXT = ("json", "txt")
+_TEXT = ("json", "txt", "caption")  # suffixes, in any case
+_IMAGES = {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"}
 _MAX_SAMPLE_BYTES = 1 << 30  # the longest member that indexing holds; an image may have 64 MiB
 
 
@@ -151,33 +152,49 @@ def _sample(view: memoryview, group: Group, where: str) -> Sample | SampleError:
         )
     if not key or key.endswith("/"):
         return error(SampleErrorKind.BAD_NAME, "has no name before the first dot; rename its files")
-    texts = {suffix: bytes(view[start:stop]) for suffix, start, stop in group.members if suffix in _TEXT}
-    images = [member for member in group.members if member[0] not in _TEXT]
+    texts = {s.lower(): bytes(view[start:stop]) for s, start, stop in group.members if s.lower() in _TEXT}
+    others = [member for member in group.members if member[0].lower() not in _TEXT]
+    # Masks, classes and links beside the image are not read. A suffix that is no image's is one where nothing else is there.
+    images = [member for member in others if member[0].lower() in _IMAGES] or (others if len(others) == 1 else [])
+    found = ", ".join(f".{suffix}" for suffix, _, _ in group.members)
     if len(images) != 1:
-        found = ", ".join(f".{suffix}" for suffix, _, _ in group.members)
-        reason = f"has the members {found}; a sample is one image with one .json or .txt"
+        lack = "several images" if images else "no image"
+        reason = (
+            f"has {lack} among its members {found}; a sample is one image with its captions in .json, .txt or .caption"
+        )
         return error(SampleErrorKind.BAD_SAMPLE, reason)
     try:
         captions, image_id = _captions(texts)
     except (ValueError, RecursionError) as e:
         return error(SampleErrorKind.BAD_SAMPLE, f"has captions that cannot be read: {e}; write that shard again")
     if not captions:
-        return error(SampleErrorKind.NO_CAPTION, "has no caption; add one, or leave it out")
+        reason = f"has no caption in its members {found}; add one in .json, .txt or .caption, or leave it out"
+        return error(SampleErrorKind.NO_CAPTION, reason)
     ((ext, start, stop),) = images
     return Sample(key=key, image=bytes(view[start:stop]), ext=ext, captions=captions, image_id=image_id)
 
 
 def _captions(texts: dict[str, bytes]) -> tuple[tuple[str, ...], int | str | None]:
     """Captions that are not blank, and image id. Ours are a list in the .json; img2dataset's, if it has one, is in the .txt
-    and in the .json as `caption`. Raises ValueError.
+    and in the .json as `caption`. Either key may hold one text or a list of them. Raises ValueError.
     """
     facts: Any = json.loads(texts.get("json", b"{}"))
     if not isinstance(facts, dict):
         raise ValueError("the .json is no object")
-    captions, image_id = facts.get("captions"), facts.get("image_id")
-    if captions is None:
-        caption = texts["txt"].decode() if "txt" in texts else facts.get("caption")
-        captions = [] if caption is None else [caption.strip() if isinstance(caption, str) else caption]
+    found, image_id = facts.get("captions"), facts.get("image_id")
+    text = texts.get("txt", texts.get("caption"))
+    if found is None:
+        found = facts.get("caption") if text is None else text.decode("utf-8-sig").strip()
+    captions = [found] if isinstance(found, str) else [] if found is None else found
     if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
-        raise ValueError('"captions" in the .json is no list of strings')
+        raise ValueError('"captions" or "caption" in the .json is no text and no list of texts')
+    captions = [caption.removeprefix("\ufeff") for caption in captions]
     return tuple(c for c in captions if c.strip()), image_id if isinstance(image_id, int | str) else None
+
+
+def first_fault(data: bytes, where: str) -> str:
+    """Why the first sample in these first bytes of a tar is none, as a sentence; "" if it is one, or not whole."""
+    view = memoryview(data)
+    group = next(iter(scan_tar(view).groups), None)
+    sample = _sample(view, group, where) if group else None
+    return sample.message if isinstance(sample, SampleError) else ""

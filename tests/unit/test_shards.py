@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import webdataset
 
 import raycap.shards.tar as tar_module
 from raycap import storage
@@ -31,6 +32,7 @@ from raycap.shards import (
     read_run,
     write_manifest,
 )
+from raycap.shards.tar import first_fault
 
 ODD_KEYS = (
     *(
@@ -163,15 +165,13 @@ BROKEN: list[tuple[list[tuple[str | bytes, bytes]], tuple[str, str]]] = [
     ([("x.jpg", b"1"), ("x.json", b"{"), ("x.txt", b"t")], ("x", "bad_sample")),
     ([("x.jpg", b"1"), ("x.json", b'"text"')], ("x", "bad_sample")),
     ([("x.jpg", b"1"), ("x.txt", b"\xff")], ("x", "bad_sample")),
-    ([("x.jpg", b"1"), ("x.json", b'{"captions": "t"}')], ("x", "bad_sample")),
+    ([("x.jpg", b"1"), ("x.json", b'{"captions": 5}')], ("x", "bad_sample")),
     ([("x.jpg", b"1"), ("x.json", b'{"caption": 3}')], ("x", "bad_sample")),
     ([("x.jpg", b"1"), ("x.txt", b" \n\t")], ("x", "no_caption")),
     ([("x.jpg", b"1"), ("x.txt", b""), ("x.json", b'{"caption": null}')], ("x", "no_caption")),
     ([("x.jpg", b"1"), ("x.json", b'{"captions": ["", " "]}')], ("x", "no_caption")),
     ([("x.jpg", b"1")], ("x", "no_caption")),
     ([(b"caf\xe9/x.jpg", b"1"), (b"caf\xe9/x.txt", b"t")], ("caf\\xe9/x", "bad_name")),
-    ([("d/.jpg", b"1"), ("d/.txt", b"t")], ("d/", "bad_name")),
-    ([(".jpg", b"1"), (".txt", b"t")], ("", "bad_name")),
     (whole("a"), ("a", "duplicate_key")),
     (whole("0"), ("0", "duplicate_key")),  # behind the other: neighbours with doubled names
 ]
@@ -188,6 +188,54 @@ def test_one_broken_sample_is_left_out_and_named_and_its_neighbours_are_read(
         (key, (f"about {key}",)) for key in "a0z"
     ]
     assert read_run(manifest, 0, 2, 3) == read_all(manifest)[2:]
+
+
+READ: list[tuple[list[tuple[str, bytes]], tuple[str, ...]]] = [
+    ([("x.jpg", b"1"), ("x.cls", b"3"), ("x.url", b"http"), ("x.mask.png", b"2"), ("x.txt", b"t")], ("t",)),
+    ([("x.JPG", b"1"), ("x.TXT", b"t")], ("t",)),
+    ([("x.jpg", b"1"), ("x.caption", b"t")], ("t",)),
+    ([("x.jpg", b"1"), ("x.json", b'{"caption": ["a dog", "pet"]}')], ("a dog", "pet")),
+    ([("x.jpg", b"1"), ("x.json", b'{"captions": "a dog"}')], ("a dog",)),
+    ([("x.jpg", b"1"), ("x.txt", b"\xef\xbb\xbfa dog")], ("a dog",)),
+    ([("x.jpg", b"1"), ("x.json", '{"caption": "\ufeffa dog"}'.encode())], ("a dog",)),
+]
+
+
+@pytest.mark.parametrize(("members", "captions"), READ)
+def test_what_lies_beside_the_image_is_ignored_and_captions_are_read_in_every_form(
+    tmp_path: Path, members: list[tuple[str, bytes]], captions: tuple[str, ...]
+) -> None:
+    manifest = manifest_at(tmp_path, tar([*whole("a"), *members, *whole("z")]))
+    assert manifest.skipped == ()
+    _, sample, _ = read_all(manifest)
+    assert isinstance(sample, Sample)
+    assert (sample.key, sample.image, sample.captions) == ("x", b"1", captions)
+
+
+def test_members_without_a_name_are_passed_over_as_webdataset_does(tmp_path: Path) -> None:
+    names = [f"{mark}{number:04d}.{ext}" for number in (1, 2) for ext in ("jpg", "txt") for mark in ("._", "")]
+    members = [(name, b"\0\5" if name.startswith("._") else b"caption") for name in names]
+    data = tar([(".DS_Store", b"x"), *members])
+    manifest = manifest_at(tmp_path, data)
+    samples = read_all(manifest)
+    assert manifest.skipped == ()
+    assert [(s.key, s.captions) for s in samples if isinstance(s, Sample)] == [
+        ("0001", ("caption",)),
+        ("0002", ("caption",)),
+    ]
+    (path,) = tmp_path.rglob("*.tar")
+    assert [s["__key__"] for s in webdataset.WebDataset(str(path), shardshuffle=False)] == ["0001", "0002"]
+
+
+def test_the_first_fault_of_a_shard_is_told_with_what_was_found_and_what_is_missing() -> None:
+    nothing = first_fault(tar([("x.txt", b"t"), ("x.cls", b"1"), ("x.url", b"2")]), "s.tar")
+    assert "has no image among its members .txt, .cls" in nothing
+    several = first_fault(tar([("x.jpg", b"1"), ("x.png", b"2"), ("x.txt", b"t")]), "s.tar")
+    assert "has several images among its members .jpg, .png, .txt" in several
+    assert "has no caption in its members .jpg, .json" in first_fault(
+        tar([("x.jpg", b"1"), ("x.json", b"{}")]), "s.tar"
+    )
+    assert first_fault(tar(whole("a")), "s.tar") == first_fault(b"", "s.tar") == ""
 
 
 def test_the_headers_of_every_tar_are_read_as_the_standard_library_reads_them() -> None:
