@@ -1,10 +1,13 @@
 """Output layers that are not the word embeddings: captioned, trained, saved and opened elsewhere as they are, and never one for the other."""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_imports_of_weights import folders
 from tiny import edit_json, png_images
 from tiny_families import tiny_family, write_family
 from torch import nn
@@ -12,11 +15,14 @@ from transformers import AutoModelForImageTextToText, BlipForConditionalGenerati
 
 from raycap.captioner import Captioner
 from raycap.checkpoint import SEAL, export_weights, load_model, open_checkpoint, save_checkpoint
+from raycap.checkpoint.imports import import_weights
+from raycap.config import ImportConfig
 from raycap.errors import CheckpointError
 from raycap.image import decode_image, prepare_image
 from raycap.models import TIED_NAMES
 from raycap.schema import DecodeSettings
 
+__all__ = ["folders"]  # the fixture
 pytestmark = pytest.mark.filterwarnings("ignore:.* is unverified")
 SETTINGS = DecodeSettings(max_new_tokens=12)
 PARTS = {"blip": ("", "text_config"), "clip_gpt2": ("", "text_config"), "vit_gpt2": ("decoder",)}
@@ -150,3 +156,22 @@ def test_a_text_decoder_keeps_an_output_layer_of_its_own(tmp_path: Path) -> None
     given, weights = read_gpt2(str(tmp_path))
     assert given["tie_word_embeddings"] is False
     assert not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"])
+
+
+@pytest.mark.parametrize(("architecture", "tower"), [("clip_gpt2_mlp", "clip"), ("vit_gpt2", "vit")])
+def test_towers_put_together_keep_a_decoders_output_layer(
+    folders: dict[str, Path], tmp_path: Path, architecture: str, tower: str
+) -> None:
+    text = tmp_path / "gpt2"
+    shutil.copytree(folders["gpt2"], text)
+    weights = load_file(text / "model.safetensors")
+    words = weights["transformer.wte.weight"]
+    save_file({**weights, "lm_head.weight": words + 1}, text / "model.safetensors", metadata={"format": "pt"})
+    edit_json(text / "config.json", lambda content: content.update(tie_word_embeddings=False))
+    given: Any = {"vision_tower": str(folders[tower]), "text_decoder": str(text), "architecture": architecture}
+    import_weights(ImportConfig(**given, out=str(tmp_path / "out")), print)
+    spec, made = open_checkpoint(str(tmp_path / "out"))
+    head, first = names_of(tmp_path / "out")
+    assert torch.equal(made[head], words + 1)
+    assert torch.equal(made[first], words)
+    assert load_model(spec, made, "x").get_parameter(head) is not None
