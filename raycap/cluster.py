@@ -19,33 +19,48 @@ from typing import Any
 from raycap.errors import UserError
 from raycap.storage import is_url
 
-PROBE_S = 3.0  # Ray itself retries an address that nothing answers for minutes
+PROBE_S = 3.0  # Ray itself retries an address that nothing answers, or another server, for minutes
+_SETTINGS = b"\x04"  # the type of the frame with which HTTP/2 begins, RFC 9113, 3.4
+_HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + _SETTINGS + b"\0\0\0\0\0"
+_SESSION_BYTES = 32 * 2**20  # of logs, for a start: without them Ray waits for half a minute, and does not say for what
 
 
 def _started_here() -> str:
     """The address that `ray start` noted on this machine, where ray.init() looks for it too; "" if nothing answers there."""
-    note = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray" / "ray_current_cluster"
     try:
-        address = note.read_text().strip()
+        address = (_session_root() / "ray_current_cluster").read_text().strip()
         _probe(address)
     except (OSError, UserError):
         return ""  # the note may outlive its cluster
     return address
 
 
+def _session_root() -> Path:
+    """The folder of this machine below which Ray keeps the sockets and logs of a session, as Ray itself chooses it."""
+    return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp") / "ray"
+
+
 def _probe(address: str) -> None:
+    """Raises UserError unless a gRPC server answers, as Ray's are: it greets in HTTP/2 at once, whatever its tokens are."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         raise UserError(
             f"RAY_ADDRESS is {address!r}, which is not host:port; set it to the head node's address or unset it"
         )
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_S).close()
-    except OSError as error:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_S) as connection:
+            connection.sendall(_HTTP2_GREETING)
+            greeting = connection.recv(4)
+    except (OSError, OverflowError) as error:
         raise UserError(
             f"no Ray cluster answers at RAY_ADDRESS={address!r} within {PROBE_S:g} s ({error}); start one with "
             f"`ray start --head --num-cpus 8` or unset RAY_ADDRESS"
         ) from error
+    if greeting[3:] != _SETTINGS and os.environ.get("RAY_USE_TLS") != "1":  # under TLS it says nothing to strangers
+        raise UserError(
+            f"what answers at RAY_ADDRESS={address!r} is no Ray cluster; give the address that `ray start --head` printed, or unset "
+            f"RAY_ADDRESS"
+        )
 
 
 def _choose_address() -> str:
@@ -89,6 +104,7 @@ def resolve_root(value: str, flag: str) -> str:
 
 
 _ends_with_process = False
+_lacks_cpus = False  # when it connected
 
 
 def ends_with_process() -> bool:
@@ -106,6 +122,7 @@ def connect(*, num_cpus: int, num_gpus: int = 0, need: str) -> None:
         _quiet()
         address = os.environ.get("RAY_ADDRESS") or _ADDRESS
         if address == "local":
+            _check_session_root()
             # The dashboard answers the state queries of Ray Train's own clean-up, which complains every second without it.
             _init(address="local", num_cpus=max(os.cpu_count() or 1, num_cpus), include_dashboard=True)
             global _ends_with_process
@@ -115,6 +132,8 @@ def connect(*, num_cpus: int, num_gpus: int = 0, need: str) -> None:
                 _probe(address)
             _init(address=address)
         _stop_in_order()
+        _preflight(num_cpus, num_gpus, need)
+        _say_what_is_in_use(num_cpus, need)
     _preflight(num_cpus, num_gpus, need)
 
 
@@ -159,14 +178,36 @@ def _quiet() -> None:
         os.environ.setdefault(name, value)
 
 
+def _check_session_root() -> None:
+    """Raises UserError if a session of Ray cannot be kept on this machine."""
+    root = _session_root()
+    try:
+        if not root.is_absolute():
+            raise OSError("not an absolute path")
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root) as file:
+            os.posix_fallocate(file.fileno(), 0, _SESSION_BYTES)
+    except OSError as error:
+        raise UserError(
+            f"cannot start Ray, which keeps its sockets and logs in {str(root)!r}: {error.strerror or error}; free space there, or set "
+            f"RAY_TMPDIR to a folder that can be written"
+        ) from error
+
+
 def _init(**options: Any) -> None:
     try:
         # What workers log stays in Ray's session folder: thousands of lines that bury ours. Errors come as exceptions.
         ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
-    except (ConnectionError, RuntimeError) as error:
+    except Exception as error:  # Ray raises whatever stood in its way, a bare Exception among others
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        if options["address"] == "local":
+            raise UserError(
+                f"cannot start Ray on this machine: {reason}; see the newest session's logs in {str(_session_root())!r}, `ulimit -n` and "
+                f"the memory that is free, or set RAY_TMPDIR to a short absolute path with space"
+            ) from error
         raise UserError(
-            f"cannot connect to the Ray cluster at {options['address']!r}: {str(error).splitlines()[0]}; check RAY_ADDRESS and that "
-            f"RAY_AUTH_MODE is the same here as where the cluster was started"
+            f"cannot connect to the Ray cluster at {options['address']!r}: {reason}; check RAY_ADDRESS and that RAY_AUTH_MODE is the "
+            f"same here as where the cluster was started"
         ) from error
 
 
@@ -203,6 +244,31 @@ def _preflight(num_cpus: int, num_gpus: int, need: str) -> None:
             raise UserError(
                 f"the job needs {wanted} {name}s at once ({need}) but the Ray cluster has {have.get(name, 0):g}; {more}"
             )
+
+
+def _free_cpus() -> float:
+    """Of the connected cluster, now."""
+    free: float = ray.available_resources().get("CPU", 0.0)  # type: ignore[no-untyped-call]
+    return free
+
+
+def _say_what_is_in_use(num_cpus: int, need: str) -> None:
+    """Prints a line if a job of num_cpus has to wait for others: on a cluster of its own it never has."""
+    global _lacks_cpus
+    _lacks_cpus = not _ends_with_process and _free_cpus() < num_cpus
+    if _lacks_cpus:
+        print(
+            f"the job needs {num_cpus} CPUs at once ({need}), and {_free_cpus():g} of {_resources()['CPU']:g} are free now; it may wait "
+            f"until other work on the Ray cluster ends",
+            flush=True,
+        )
+
+
+def waits_for() -> str:
+    """What a job waits for that has no result yet. A cluster does not say who uses its CPUs, so the words are those of the start."""
+    if _lacks_cpus and (free := _free_cpus()) < 1:
+        return f"free CPUs ({free:g} of {_resources()['CPU']:g})"
+    return "Ray's processes and the first unit"
 
 
 def check_shared(root: str) -> None:

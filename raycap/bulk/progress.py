@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+from raycap.data.tasks import waiting_for
 from raycap.data.ticker import ticking
 
 REPORT_S = 5.0
@@ -49,9 +50,10 @@ class Progress:
         rate = self.images_per_s()
         eta = f"{(self.num_images - self.rows) / rate:.0f}" if rate else "unknown"
         stages = " ".join(f"{stage}_s={self.seconds[stage]:.1f}" for stage in STAGES)
+        waiting = waiting_for() if self._work_begun is None and self.rows < self.num_images else ""
         return (
             f"rows={self.rows}/{self.num_images} images_per_s={rate:.1f} errors={self.errors.total()} eta_s={eta} "
-            f"elapsed_s={self.elapsed_s:.0f} {stages}"
+            f"elapsed_s={self.elapsed_s:.0f} {stages}{waiting}"
         )
 
 

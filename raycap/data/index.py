@@ -1,7 +1,7 @@
 """Shards that have no manifest, img2dataset's above all, are indexed once, with Ray, into another folder:
 
 1. one listing says which files are shards; a folder without any is refused
-2. one Ray task per shard reads it, and commits `_index/<shard>.<version>.json` below the index folder
+2. one Ray task per shard, or this process where they are small, reads it, and commits `_index/<shard>.<version>.json` below the index folder
 3. the indexes become manifest.parquet there: of samples with one key in two shards the later one is left out
 
 Killed anywhere and run again, it indexes the shards that are missing. The folder of shards is only read.
@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raycap import storage, units
-from raycap.data.tasks import run_units
+from raycap.data.tasks import run_here, run_units, waiting_for
 from raycap.data.ticker import pace, ticking
 from raycap.datasets.img2dataset import ShardFile, count_failures, find_shards, shorten
 from raycap.errors import SampleErrorKind, StorageError
@@ -30,6 +30,7 @@ from raycap.shards import MANIFEST, Manifest, index_shard, read_manifest
 from raycap.shards.manifest import ShardArrays, build_manifest, manifest_bytes, without_keys
 from raycap.shards.tar import first_fault
 
+IN_DRIVER = 64 * 2**20  # bytes of shards: some seconds of work, where Ray takes ten to start
 INDEX = "_index"
 PLAN = f"{INDEX}/plan.json"
 REPORT_S = 2.0
@@ -55,7 +56,9 @@ def open_shards(
     if storage.join(index_root, "").startswith(storage.join(root, "")):
         raise StorageError(f"cannot index {root!r} into {index_root!r}, which is inside; choose a folder elsewhere")
     files = find_shards(root, storage.list_entries(root))
-    units.claim(storage.join(index_root, PLAN), {"shards": root.removesuffix("/")})
+    claim = functools.partial(units.claim, storage.join(index_root, PLAN), {"shards": root.removesuffix("/")})
+    if storage.exists(storage.join(index_root, PLAN)):
+        claim()  # the index of another folder is refused before Ray is started
     if storage.exists(storage.join(index_root, MANIFEST)):
         manifest = read_manifest(root, index_root)
         then = dict(zip(manifest.shards, manifest.num_bytes.tolist(), strict=True))
@@ -66,11 +69,15 @@ def open_shards(
         report(f"shards_changed={num_changed} root={root!r} since they were indexed; indexing those again")
     have = units.done(storage.join(index_root, INDEX), ".json")
     missing = [file for file in files if _unit(file) not in have]
+    uses_ray = sum(file.num_bytes for file in missing) > IN_DRIVER
     if missing:
-        connect()
-        with _progress(report, len(files), len(files) - len(missing)) as add:
+        if uses_ray:
+            connect()
+        claim()  # after Ray is there: what keeps it from starting leaves nothing behind
+        with _progress(report, len(files), len(files) - len(missing), uses_ray) as add:
             index = functools.partial(index_unit, root, index_root)
-            run_units(iter(missing), index, add, f"indexing the shards of {root!r}")
+            run = run_units if uses_ray else run_here
+            run(iter(missing), index, add, f"indexing the shards of {root!r}")
     manifest = _gather(root, index_root, files)
     report(_last_line(manifest))
     return manifest
@@ -177,7 +184,9 @@ def _counts(kinds: Counter[str]) -> str:
 
 
 @contextlib.contextmanager
-def _progress(report: Callable[[str], None], num_shards: int, num_done: int) -> Iterator[Callable[[int], None]]:
+def _progress(
+    report: Callable[[str], None], num_shards: int, num_done: int, uses_ray: bool
+) -> Iterator[Callable[[int], None]]:
     """Reports a line every REPORT_S and at the end. Yields add(num_samples), to be called for each finished shard."""
     counts = {"shards": num_done, "rows": 0}
     start = time.monotonic()
@@ -190,7 +199,8 @@ def _progress(report: Callable[[str], None], num_shards: int, num_done: int) -> 
         seconds = time.monotonic() - start
         _, times = pace(counts["shards"] - num_done, num_shards - counts["shards"], seconds)
         done = f"indexed_shards={counts['shards']}/{num_shards} new_rows={counts['rows']}"
-        return f"{done} rows_per_s={counts['rows'] / max(seconds, 1e-9):.0f} {times}"
+        waiting = waiting_for() if uses_ray and counts["shards"] == num_done else ""
+        return f"{done} rows_per_s={counts['rows'] / max(seconds, 1e-9):.0f} {times}{waiting}"
 
     with ticking(line, report, REPORT_S):
         yield add

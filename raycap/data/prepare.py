@@ -2,7 +2,7 @@
 
 1. read the annotations; order the samples by a hash of (seed, key), so that neighbours in a shard are random
 2. claim the output with the plan `_index/plan.json`; another data set, seed, shard or image size is refused
-3. one Ray task per missing shard: read its images, pack, commit `shard-00000.tar`, then `_index/shard-00000.json`
+3. one Ray task per missing shard, or this process where few samples are missing: read its images, pack, commit `shard-00000.tar`, then `_index/shard-00000.json`
 4. gather the indexes, write report.json, and seal the folder with manifest.parquet
 
 The bytes depend on the data set and on the plan alone: not on the order of the annotations, nor on how many tasks work.
@@ -30,7 +30,7 @@ from raycap.config import DatasetFormat
 from raycap.data.index import open_shards
 from raycap.data.pack import INDEX, Packed, RunUnit, Shrink, Skip, describe_kinds, pack_unit, packed_before, read_packed
 from raycap.data.spill import SortedRefs, Unit
-from raycap.data.tasks import run_units
+from raycap.data.tasks import run_here, run_units, waiting_for
 from raycap.data.ticker import pace, ticking
 from raycap.datasets.dataset import DatasetRead
 from raycap.datasets.read import read_dataset
@@ -41,6 +41,7 @@ from raycap.shards.manifest import ShardArrays, build_manifest, manifest_bytes, 
 PLAN = f"{INDEX}/plan.json"
 REPORT = "report.json"
 REPORT_S = 2.0
+IN_DRIVER = 300  # samples: some seconds of work, where Ray takes ten to start
 _MAX_GROUPS = 100  # of images with the same bytes, listed in the report
 
 Pack = Callable[[Unit | RunUnit], Packed]
@@ -62,7 +63,7 @@ def prepare_shards(
     connect: Callable[[], None] = lambda: None,
 ) -> Manifest:
     """Packs a data set into out and returns its manifest. Ray is connected by the caller, or by `connect` once the input is
-    known to be good and there is work to do.
+    known to be good and there is more to do than a few seconds of work.
 
     annotations, images, format, split: see raycap.datasets.read. Format img2dataset takes the shards that img2dataset wrote
     to images, or any others, and packs runs of samples_per_shard of their neighbours again, in order: there are no
@@ -147,7 +148,8 @@ def _prepare(
     connect: Callable[[], None],
 ) -> Manifest:
     """Steps 2 to 4."""
-    _claim(out, plan)
+    if storage.exists(storage.join(out, PLAN)) or storage.exists(storage.join(out, MANIFEST)):
+        _claim(out, plan)  # another plan is refused before Ray is started
     if storage.exists(storage.join(out, MANIFEST)):
         manifest = read_manifest(out)
         report(f"finished_before=true shards={len(manifest.shards)} rows={manifest.num_samples} out={out!r}")
@@ -156,11 +158,14 @@ def _prepare(
         limit = Limit(num_samples, max_error_rate, out)
         limit.add(Packed(0, work.skipped))
         have = packed_before(out, work.sizes)
-        with _progress(report, work.sizes, have) as add:
-            if len(have) < len(work.sizes):
+        uses_ray = sum(size for name, size in work.sizes.items() if name not in have) > IN_DRIVER
+        with _progress(report, work.sizes, have, uses_ray) as add:
+            if uses_ray:
                 connect()
-                pending = (unit for unit in work.units if unit.name not in have)
-                run_units(pending, work.pack, _each(limit.add, add), "packing shards")
+            _claim(out, plan)  # after Ray is there: what keeps it from starting leaves nothing behind
+            run = run_units if uses_ray else run_here
+            pending = (unit for unit in work.units if unit.name not in have)
+            run(pending, work.pack, _each(limit.add, add), "packing shards")
         manifest = _gather(out, work, read, Limit(num_samples, max_error_rate, out))
     report(_last_line(out))
     return manifest
@@ -270,7 +275,7 @@ def _last_line(out: str) -> str:
 
 @contextlib.contextmanager
 def _progress(
-    report: Callable[[str], None], sizes: dict[str, int], have: set[str]
+    report: Callable[[str], None], sizes: dict[str, int], have: set[str], uses_ray: bool
 ) -> Iterator[Callable[[Packed], None]]:
     """Reports a line every REPORT_S and at the end. Yields add(packed), to be called for each finished shard."""
     total, first_rows = sum(sizes.values()), sum(sizes[name] for name in have)
@@ -284,7 +289,8 @@ def _progress(
 
     def line() -> str:
         rate, times = pace(rows - first_rows, total - rows, time.monotonic() - start)
-        return f"shards={shards}/{len(sizes)} rows={rows}/{total} images_per_s={rate:.0f} {times}"
+        waiting = waiting_for() if uses_ray and shards == len(have) < len(sizes) else ""
+        return f"shards={shards}/{len(sizes)} rows={rows}/{total} images_per_s={rate:.0f} {times}{waiting}"
 
     with ticking(line, report, REPORT_S):
         yield add

@@ -43,11 +43,28 @@ def run_units(units: Iterator[U], work: Callable[[U], R], add: Callable[[R], Non
                 add(result)
 
 
+def run_here(units: Iterator[U], work: Callable[[U], R], add: Callable[[R], None], doing: str) -> None:  # noqa: ARG001
+    """run_units in this process, one unit after the other: for less work than Ray takes to start."""
+    for unit in units:
+        add(work(unit))
+
+
 def _attempt(work: Callable[[U], R], unit: U) -> R | RaycapError:
     try:
         return work(unit)
     except RaycapError as e:
         return e
+
+
+def waiting_for() -> str:
+    """What a job that uses Ray, and has nothing done yet, waits for: the end of its line of key=value."""
+    import ray
+
+    if not ray.is_initialized():
+        return " waiting_for='Ray to start'"
+    from raycap import cluster
+
+    return f" waiting_for={cluster.waits_for()!r}"
 
 
 @contextlib.contextmanager

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
-def ticking(line: Callable[[], str], report: Callable[[str], None], every_s: float) -> Iterator[None]:
-    """Reports line() every every_s seconds, and once at the end."""
+def ticking(
+    line: Callable[[], str], report: Callable[[str], None], every_s: float, at_end: bool = True
+) -> Iterator[None]:
+    """Reports line() every every_s seconds, and once at the end if that is asked for."""
     finished = threading.Event()
 
     def tick() -> None:
@@ -21,7 +23,8 @@ def ticking(line: Callable[[], str], report: Callable[[str], None], every_s: flo
     finally:
         finished.set()
         ticker.join()
-        report(line())
+        if at_end:
+            report(line())
 
 
 def pace(num_done: int, num_left: int, seconds: float) -> tuple[float, str]:

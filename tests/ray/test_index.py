@@ -20,10 +20,16 @@ pytestmark = pytest.mark.ray
 NUM_SHARDS = 9
 DRIVER = """
 import sys, ray
-from raycap.data.index import open_shards
+from raycap.data import index
+index.IN_DRIVER = 0
 ray.init(logging_level="ERROR", log_to_driver=False)
-open_shards(*sys.argv[1:])
+index.open_shards(*sys.argv[1:])
 """
+
+
+@pytest.fixture(autouse=True)
+def _by_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raycap.data.index.IN_DRIVER", 0)
 
 
 def tried(shard: int) -> list[Tried]:

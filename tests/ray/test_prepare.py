@@ -29,11 +29,17 @@ NUM_IMAGES = 60
 NUM_SHARDS = 9
 DRIVER = """
 import sys, ray
-from raycap.data.prepare import prepare_shards
+from raycap.data import prepare
+prepare.IN_DRIVER = 0
 ray.init(logging_level="ERROR", log_to_driver=False)
 annotations, images, out = sys.argv[1:]
-prepare_shards(annotations, images, out, samples_per_shard=7)
+prepare.prepare_shards(annotations, images, out, samples_per_shard=7)
 """
+
+
+@pytest.fixture(autouse=True)
+def _by_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raycap.data.prepare.IN_DRIVER", 0)
 
 
 @pytest.fixture

@@ -487,6 +487,7 @@ def test_the_progress_line_says_what_a_run_spends_its_time_on(monkeypatch: pytes
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     seen = progress.Progress(100, 20)
     assert seen.line().startswith("rows=20/100 images_per_s=0.0 errors=0 eta_s=unknown elapsed_s=0 read_s=0.0")
+    assert seen.line().endswith(" write_s=0.0 waiting_for='Ray to start'")
     for second, images in ((10.0, 8), (12.0, 16)):
         now[0] = second
         seen.add(num_images=images, made=True, errors={"empty": 1}, seconds={"read": 0.5, "decode": 1.0, "write": 0.25})

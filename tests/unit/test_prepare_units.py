@@ -81,6 +81,7 @@ def facts_of(out: str) -> dict[str, Any]:
 
 @pytest.fixture
 def coco(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(prepare, "IN_DRIVER", 0)
     monkeypatch.setattr(prepare, "run_units", in_sequence)
     return str(write_coco(tmp_path / "coco"))
 
@@ -186,6 +187,54 @@ def test_a_slow_shard_still_reports_every_few_seconds(
     monkeypatch.setattr(prepare, "REPORT_S", 0.02)
     run(coco, f"{tmp_path}/out", lines.append)
     assert lines[0].startswith("shards=0/3 rows=0/10 images_per_s=0 eta_s=unknown elapsed_s=")
+    assert lines[0].endswith(" waiting_for='Ray to start'")
+    assert "waiting_for" not in lines[-1]
+
+
+def test_a_small_data_set_is_packed_without_ray_to_the_same_bytes(
+    coco: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connected: list[bool] = []
+    connect = functools.partial(connected.append, True)
+    run(coco, f"{tmp_path}/with", connect=connect)
+    assert connected
+    monkeypatch.setattr(prepare, "run_units", None)
+    monkeypatch.setattr(prepare, "IN_DRIVER", NUM_IMAGES)
+    connected.clear()
+    run(coco, f"{tmp_path}/without", connect=connect)
+    assert not connected
+    assert bytes_below(f"{tmp_path}/without") == bytes_below(f"{tmp_path}/with")
+
+
+def test_a_small_folder_of_shards_is_indexed_without_ray_to_the_same_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    write_img2dataset(source)
+    monkeypatch.setattr(index, "run_units", in_sequence)
+    connected: list[bool] = []
+    for out, most in (("with", 0), ("without", index.IN_DRIVER)):
+        connected.clear()
+        monkeypatch.setattr(index, "IN_DRIVER", most)
+        index.open_shards(str(source), f"{tmp_path}/{out}", connect=functools.partial(connected.append, True))
+        assert bool(connected) == (out == "with")
+    assert bytes_below(f"{tmp_path}/without") == bytes_below(f"{tmp_path}/with")
+
+
+def test_a_ray_that_does_not_start_leaves_nothing_in_the_output(
+    coco: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise UserError("cannot start Ray")
+
+    with pytest.raises(UserError, match="cannot start Ray"):
+        run(coco, f"{tmp_path}/out", connect=refuse)
+    assert not (tmp_path / "out").exists()
+    write_img2dataset(tmp_path / "source")
+    monkeypatch.setattr(index, "IN_DRIVER", 0)
+    with pytest.raises(UserError, match="cannot start Ray"):
+        index.open_shards(str(tmp_path / "source"), f"{tmp_path}/index", connect=refuse)
+    assert not (tmp_path / "index").exists()
 
 
 def test_the_pace_tells_the_time_that_is_left_once_something_is_done() -> None:
@@ -536,8 +585,6 @@ def run_again(source: Path, out: Path, report: Callable[[str], None] = print, **
 def test_shards_of_img2dataset_are_packed_again_in_order_with_smaller_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "run_units", in_sequence)
-    monkeypatch.setattr(index, "run_units", in_sequence)
     source = tmp_path / "source"
     write_img2dataset(source)
     before = bytes_below(str(source))
@@ -582,7 +629,6 @@ def test_shards_of_img2dataset_are_packed_again_in_order_with_smaller_images(
 def test_images_that_cannot_be_decoded_are_left_out_of_repacked_shards_only_if_images_are_resized(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "run_units", in_sequence)
     source = str(tmp_path / "source")
     data, shard = pack_shard(
         "a.tar",
