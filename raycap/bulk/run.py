@@ -19,6 +19,7 @@ from raycap import storage
 from raycap.bulk.plan import Job, rows_of
 from raycap.bulk.progress import Progress
 from raycap.bulk.unit import CaptionsPixels, PreparedUnit, count_kinds, make_unit, prepare_unit
+from raycap.data.actor_pool import map_in_actors
 from raycap.data.batch import Columns
 from raycap.data.stream import quiet_context
 from raycap.data.tasks import own_errors
@@ -68,27 +69,24 @@ def _run(
     num_gpus: float,
 ) -> None:
     with DataContext.current(_context(job, concurrency, cpus_for_data)):
-        rows = (
-            ray.data.from_items([{"unit": unit} for unit in pending], override_num_blocks=len(pending))
-            .map_batches(
-                functools.partial(_prepare, shared=shared),
-                batch_size=None,
-                batch_format="numpy",
-                compute=ray.data.TaskPoolStrategy(size=cpus_for_data),
-                num_cpus=1,
-                max_retries=_MAX_RETRIES,
-            )
-            .map_batches(
-                _CaptionUnit,
-                fn_constructor_args=(job, load),
-                batch_size=None,
-                batch_format="numpy",
-                compute=ray.data.ActorPoolStrategy(size=concurrency, max_tasks_in_flight_per_actor=2),
-                num_cpus=1,
-                num_gpus=num_gpus,
-                max_restarts=-1,
-                max_task_retries=_MAX_RETRIES,
-            )
+        prepared = ray.data.from_items(
+            [{"unit": unit} for unit in pending], override_num_blocks=len(pending)
+        ).map_batches(
+            functools.partial(_prepare, shared=shared),
+            batch_size=None,
+            batch_format="numpy",
+            compute=ray.data.TaskPoolStrategy(size=cpus_for_data),
+            num_cpus=1,
+            max_retries=_MAX_RETRIES,
+        )
+        rows = map_in_actors(
+            prepared,
+            _CaptionUnit,
+            (job, load),
+            concurrency=concurrency,
+            num_gpus=num_gpus,
+            max_retries=_MAX_RETRIES,
+            max_in_flight=2,
         )
         for row in rows.iter_rows():
             progress.add(**json.loads(row["done"]))

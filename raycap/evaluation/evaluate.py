@@ -18,11 +18,13 @@ from raycap import cluster, storage, units
 from raycap.captioner import Captioner, check_finite
 from raycap.checkpoint import SEAL, CheckpointSpec, open_spec
 from raycap.config import EvaluateConfig, default_root
+from raycap.data.actor_pool import map_in_actors
 from raycap.data.batch import Columns, Source
 from raycap.data.demo import demo_shards, given_or_demo
 from raycap.data.index import open_shards
 from raycap.data.stream import reads_dataset
-from raycap.data.tasks import own_errors
+from raycap.data.tasks import own_errors, waiting_for
+from raycap.data.ticker import pace, ticking
 from raycap.errors import UserError
 from raycap.metrics.coco import coco_scores
 from raycap.order import InOrder
@@ -143,15 +145,17 @@ def _connect(config: EvaluateConfig) -> bool:
 
 def _report_progress(rows: Iterator[Row], num_images: int) -> Iterator[Row]:
     """The rows, with a line every REPORT_S seconds; rates leave out the start of the processes."""
-    begun = reported = 0.0
-    for number, row in enumerate(rows, start=1):
-        now = time.perf_counter()
-        begun, reported = begun or now, reported or now
-        if now - reported > REPORT_S:
-            reported, rate = now, number / (now - begun)
-            left = (num_images - number) / rate
-            print(f"images={number}/{num_images} images_per_s={rate:.1f} eta_s={left:.0f}", flush=True)
-        yield row
+    number, begun = 0, 0.0
+
+    def line() -> str:
+        rate, times = pace(number, num_images - number, time.perf_counter() - begun if number else 0.0)
+        return f"images={number}/{num_images} images_per_s={rate:.1f} {times}{'' if number else waiting_for()}"
+
+    with ticking(line, partial(print, flush=True), REPORT_S, at_end=False):
+        for row in rows:
+            begun = begun or time.perf_counter()
+            number += 1
+            yield row
 
 
 def _inputs(config: EvaluateConfig) -> tuple[str, str]:
@@ -218,15 +222,13 @@ def _caption_rows(
         seed=0,
     )
     reads = list(order.reads(0, order.num_steps, rank=0, world=1))
-    blocks = reads_dataset(reads, ray.put(manifest), source, num_cpus=config.concurrency + 1).map_batches(
+    blocks = map_in_actors(
+        reads_dataset(reads, ray.put(manifest), source, num_cpus=config.concurrency + 1),
         _CaptionBlock,
-        fn_constructor_args=(load, spec.decode, config.micro_batch_size),
-        batch_size=None,
-        compute=ray.data.ActorPoolStrategy(size=config.concurrency),
-        num_cpus=1,
+        (load, spec.decode, config.micro_batch_size),
+        concurrency=config.concurrency,
         num_gpus=1 if use_gpu else 0,
-        max_restarts=-1,
-        max_task_retries=MAX_RETRIES,
+        max_retries=MAX_RETRIES,
     )
     with own_errors("captioning"):
         for block_row in blocks.iter_rows():
