@@ -70,10 +70,10 @@ def open_shards(
     have = units.done(storage.join(index_root, INDEX), ".json")
     missing = [file for file in files if _unit(file) not in have]
     uses_ray = sum(file.num_bytes for file in missing) > IN_DRIVER
+    if uses_ray:
+        connect()
+    claim()  # after Ray is there: what keeps it from starting leaves nothing behind
     if missing:
-        if uses_ray:
-            connect()
-        claim()  # after Ray is there: what keeps it from starting leaves nothing behind
         with _progress(report, len(files), len(files) - len(missing), uses_ray) as add:
             index = functools.partial(index_unit, root, index_root)
             run = run_units if uses_ray else run_here
