@@ -56,7 +56,7 @@ def _say(step: str) -> None:
 
 def _ask(checkpoint: str, image: Path) -> None:
     """Starts the endpoint on a free port, asks for the caption of one image, prints the answer, and stops it."""
-    from raycap.serving.run import start, stop
+    from raycap.serving.run import DIRECT, start, stop
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -65,7 +65,7 @@ def _ask(checkpoint: str, image: Path) -> None:
     try:
         print(f"curl -H 'Content-Type: image/jpeg' --data-binary @{image} {url}")
         request = urllib.request.Request(url, data=image.read_bytes(), headers={"Content-Type": "image/jpeg"})
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with DIRECT.open(request, timeout=60) as response:
             print(json.dumps(json.load(response)), flush=True)
     finally:
         stop()

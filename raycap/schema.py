@@ -95,6 +95,8 @@ def _triple(values: Any) -> tuple[float, float, float]:
 
 
 MAX_DRAWS = 100  # of one image
+MAX_BEAMS = 1_000  # of one image: each is a row of the model's caches, some hundred kilobytes of BLIP base
+MAX_NEW_TOKENS = 2**16  # the most positions of any text model that is loaded (raycap/checkpoint/spec.py, LARGEST)
 _TYPES: dict[type, tuple[tuple[type, ...], str]] = {
     int: ((int,), "a whole number"),
     float: ((int, float), "a number"),
@@ -157,8 +159,10 @@ class DecodeSettings:
                 f"min_new_tokens is {self.min_new_tokens} and max_new_tokens {self.max_new_tokens}; give a min_new_tokens from 0 to "
                 f"max_new_tokens"
             )
-        if self.num_beams < 1:
-            raise ValueError(f"num_beams is {self.num_beams}; give 1 for greedy search, or more")
+        if not 1 <= self.num_beams <= MAX_BEAMS:
+            raise ValueError(f"num_beams is {self.num_beams}; give 1 for greedy search, or more, up to {MAX_BEAMS}")
+        if self.max_new_tokens > MAX_NEW_TOKENS:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; give {MAX_NEW_TOKENS} at most")
         if self.do_sample and self.num_beams > 1:
             raise ValueError(f"do_sample and num_beams={self.num_beams} exclude each other; give one of them")
         most = MAX_DRAWS if self.do_sample else self.num_beams

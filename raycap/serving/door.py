@@ -32,6 +32,11 @@ OUR_PATHS = frozenset({"/v1/caption", "/v1/models", "/healthz", "/readyz", "/ope
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})  # need no token and no room: an orchestrator asks them under load
 RETRY_AFTER_S = 1
 BODIES_ARRIVING = 8  # all unfinished and waiting bodies together hold at most so many times the largest one
+SMALL_BYTES, SMALL_ROOM = (
+    2**20,
+    64 * 2**20,
+)  # bodies declared to be no larger have room of their own, whoever uploads what
+STALL_S = 1.0  # a body of which nothing came for so long loses its room to one that comes
 LINGER_S = 5.0  # how long a refused client may finish sending; a socket closed at once would lose it the answer
 CLIENT_GONE = 499  # nginx's number; counted, never sent
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
@@ -63,6 +68,7 @@ class Exchange:
     status: int = 0
     error_kind: str = ""
     answered_here: bool = False
+    give_back: Callable[[], None] = lambda: None  # the bytes it holds room for
 
     @property
     def seconds(self) -> float:
@@ -133,7 +139,8 @@ class Door:
         self._report = report
         self._tell_held = held
         self._held = 0
-        self._bytes = 0
+        self._large = _Room(BODIES_ARRIVING * limits.max_body_bytes)
+        self._small = _Room(SMALL_ROOM)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -159,13 +166,14 @@ class Door:
         except _ClientGone:
             exchange.status, exchange.answered_here = CLIENT_GONE, True
         except Refusal as refusal:
+            exchange.give_back()  # before the client is heard out
             await reply.refuse(refusal, body if self._front else None)
         except Exception:
             log.exception(json.dumps({"request_id": exchange.request_id, "error": "the application failed"}))
             if not reply.started:
                 await reply.refuse(_internal(exchange), body if self._front else None)
         finally:
-            self._bytes -= exchange.num_bytes
+            exchange.give_back()
             if exchange.answered_here or not self._front:
                 self._report(exchange)
 
@@ -173,12 +181,12 @@ class Door:
         open_to_all = exchange.path in OPEN_PATHS
         if self._digest and not open_to_all and self._guards(exchange.path):
             _check_token(scope, self._digest)
-        _check_declared_size(scope, self._limits.max_body_bytes)
+        declared = _declared_size(scope, self._limits.max_body_bytes)
         if not open_to_all:
             self._check_room()
         try:
             async with asyncio.timeout(exchange.deadline - time.monotonic()):
-                await self._read(body, exchange)
+                await self._read(body, exchange, declared)
         except TimeoutError:
             raise Refusal(
                 408,
@@ -188,7 +196,9 @@ class Door:
             ) from None
         if not open_to_all:
             self._check_room()
-        self._hold(0 if open_to_all else 1)
+        if not open_to_all:
+            self._hold(1)
+            reply.before_last = lambda: self._hold(-1)  # a client that has its answer may ask again at once
         try:
             async with asyncio.timeout(exchange.deadline - time.monotonic()):
                 await self._app(scope, body.replay, reply)
@@ -201,7 +211,7 @@ class Door:
                     f"of the server",
                 ) from None
         finally:
-            self._hold(0 if open_to_all else -1)
+            reply.finish()
         if body.client_gone and not reply.started:
             raise _ClientGone
         if not reply.started:  # Serve's proxy says nothing when the replica died under the request
@@ -217,17 +227,70 @@ class Door:
         self._held += change
         self._tell_held(self._held)
 
-    async def _read(self, body: "_Body", exchange: Exchange) -> None:
-        """Reads the whole body. Raises Refusal at the first byte too many, of this body or of all together."""
-        room = BODIES_ARRIVING * self._limits.max_body_bytes
+    async def _read(self, body: "_Body", exchange: Exchange, declared: int | None) -> None:
+        """Reads the whole body. Room is taken for what is declared before a byte is read, and else as the bytes come.
+
+        Raises Refusal where there is no room, at the first byte too many, and for a body that stalled while others came.
+        """
+        room = self._small if declared is not None and declared <= SMALL_BYTES else self._large
+        arrival = _Arrival()
+        exchange.give_back = lambda: room.give_back(arrival)
+        room.take(arrival, declared or 0)
         while not body.complete:
-            size = await body.read_more()
+            try:
+                size = await body.read_more()
+            except asyncio.CancelledError:
+                if not arrival.evicted or arrival.task is None:
+                    raise
+                arrival.task.uncancel()
+                raise Refusal(
+                    408,
+                    RequestErrorKind.TIMEOUT,
+                    f"nothing of the request body came for {STALL_S:g} s and others needed its room; send it again",
+                ) from None
             exchange.num_bytes += size
-            self._bytes += size
             if exchange.num_bytes > self._limits.max_body_bytes:
                 raise too_large(self._limits.max_body_bytes)
-            if self._bytes > room:
-                raise overloaded(f"bodies of more than {room} bytes are arriving at once; try again later")
+            room.take(arrival, max(0, exchange.num_bytes - arrival.num_bytes))
+        arrival.task = None
+
+
+@dataclass(eq=False)
+class _Arrival:
+    """A body and the bytes that room is taken for. task: that reads it, until it is whole. last: when bytes came."""
+
+    num_bytes: int = 0
+    last: float = 0.0
+    evicted: bool = False
+    task: asyncio.Task[Any] | None = None
+
+
+class _Room:
+    """Bytes that bodies may hold together."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._size, self._used = num_bytes, 0
+        self._arrivals: set[_Arrival] = set()
+
+    def take(self, arrival: _Arrival, num_bytes: int) -> None:
+        """Raises Refusal if there is not so much, not even without the bodies that have stalled."""
+        arrival.last, arrival.task = time.monotonic(), asyncio.current_task()
+        if self._used + num_bytes > self._size:
+            for other in [a for a in self._arrivals if a.task and arrival.last - a.last > STALL_S]:
+                other.evicted = True
+                if other.task is not None:
+                    other.task.cancel()
+                self.give_back(other)
+        if self._used + num_bytes > self._size:
+            raise overloaded(f"bodies of more than {self._size} bytes are arriving at once; try again later")
+        self._used += num_bytes
+        arrival.num_bytes += num_bytes
+        self._arrivals.add(arrival)
+
+    def give_back(self, arrival: _Arrival) -> None:
+        self._used -= arrival.num_bytes
+        arrival.num_bytes = 0
+        self._arrivals.discard(arrival)
 
 
 _RETRY = {"Retry-After": str(RETRY_AFTER_S)}
@@ -286,8 +349,16 @@ class _Reply:
         self._front = front
         self._replaced = False
         self.started = False
+        self.before_last: Callable[[], None] | None = None  # called once, before the last piece leaves
+
+    def finish(self) -> None:
+        if self.before_last is not None:
+            before_last, self.before_last = self.before_last, None
+            before_last()
 
     async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.finish()
         if self._replaced:
             return
         if message["type"] == "http.response.start":
@@ -358,22 +429,26 @@ def _request_id(scope: Scope) -> str:
 
 
 def _check_token(scope: Scope, digest: str) -> None:
-    given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-    scheme, _, token = given.partition(b" ")
+    given = [value for name, value in scope["headers"] if name == b"authorization"]
+    scheme, _, token = (given[0] if len(given) == 1 else b"").partition(b" ")  # of two, none is taken for the right one
     shown = hashlib.sha256(token.strip()).hexdigest()
     if not (hmac.compare_digest(shown, digest) and scheme.lower() == b"bearer"):
         raise Refusal(
             401,
             RequestErrorKind.UNAUTHORIZED,
-            "the bearer token is missing or wrong; send the header 'Authorization: Bearer TOKEN'",
+            "the bearer token is missing, wrong or there twice; send one header 'Authorization: Bearer TOKEN'",
             {"WWW-Authenticate": "Bearer"},
         )
 
 
-def _check_declared_size(scope: Scope, max_body_bytes: int) -> None:
-    declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-    if declared.isdigit() and int(declared[:20]) > max_body_bytes:
+def _declared_size(scope: Scope, max_body_bytes: int) -> int | None:
+    """The bytes that the body is declared to have; None where that is not said. Raises Refusal for too many."""
+    declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+    if not declared.isdigit():
+        return None
+    if int(declared[:20]) > max_body_bytes:
         raise too_large(max_body_bytes)
+    return int(declared)
 
 
 def _is_serves_own(message: Message) -> bool:
@@ -454,7 +529,7 @@ def front() -> list[Any]:
             Door,
             limits,
             digest=digest,
-            guards=lambda path: path.startswith("/v1/"),
+            guards=lambda path: path.startswith("/v1/") or path == "/-/routes",
             front=True,
             report=Metrics().request,
         )

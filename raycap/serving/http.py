@@ -28,6 +28,9 @@ from raycap.serving.door import EXCHANGE, Refusal
 
 MAX_BEAMS = 10
 FORM_FIELD = "image"
+# What clients send where they know no better: the content decides. The second is S3's default.
+_RAW_TYPES = ("application/octet-stream", "binary/octet-stream", "*/*")
+_BASE64_STARTS = (b"/9j/", b"iVBORw0KGgo", b"R0lGOD", b"UklGR")  # JPEG, PNG, GIF, WebP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +254,9 @@ def build_http(
         summary="Caption of one image",
     )
     async def caption(request: Request, query: Annotated[Settings, Query()]) -> Caption:
+        names = [name for name, _ in request.query_params.multi_items()]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise _bad_request(f"query parameter {twice[:40]!r} is there {names.count(twice)} times; give it once")
         data = await _image_bytes(request)
         served = await ask()
         settings = query.over(served)
@@ -290,6 +296,8 @@ def build_http(
         await ask(again=True)
         return Status(status="ready")
 
+    for path, answer in (("/v1/models", models), ("/healthz", healthz), ("/readyz", readyz)):
+        app.head(path, include_in_schema=False)(answer)  # which monitors ask
     return app
 
 
@@ -303,15 +311,24 @@ async def _image_bytes(request: Request) -> bytes:
     kind = given.partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
         return await _form_image(request)
-    if kind and kind != "application/octet-stream" and not kind.startswith("image/"):
-        raise Refusal(
-            415,
-            RequestErrorKind.UNSUPPORTED_MEDIA_TYPE,
+    if (encoding := request.headers.get("content-encoding", "identity").strip().lower()) not in ("", "identity"):
+        raise _unsupported(
+            f"Content-Encoding {encoding[:40]!r} is not taken; send the image as it is, which compression makes no smaller"
+        )
+    if kind and kind not in _RAW_TYPES and not kind.startswith("image/"):
+        raise _unsupported(
             f"Content-Type {given[:100]!r} is not taken; send the image itself as image/* or application/octet-stream, or a form with "
             f"one file named {FORM_FIELD!r}: curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg', or curl -F "
-            f"{FORM_FIELD}=@photo.jpg",
+            f"{FORM_FIELD}=@photo.jpg"
         )
-    return await request.body()
+    body = await request.body()
+    if body[:5] == b"data:" or body.startswith(_BASE64_STARTS):
+        raise _unsupported("the body is an image as base64 text; send its bytes: curl --data-binary @photo.jpg")
+    return body
+
+
+def _unsupported(message: str) -> Refusal:
+    return Refusal(415, RequestErrorKind.UNSUPPORTED_MEDIA_TYPE, message)
 
 
 async def _form_image(request: Request) -> bytes:

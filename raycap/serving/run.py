@@ -31,6 +31,7 @@ from raycap.serving.app import (
 from raycap.serving.door import front_environment, token_digest
 
 APP = "raycap"
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy of the environment knows our loopback
 READY_WITHIN_S = 60.0
 WATCH_S = 5.0
 SERVE_GRACE_S = 5.0  # Serve's own time-out comes after ours, which answers in our words
@@ -109,11 +110,12 @@ def start(config: ServeConfig) -> str:
     elif found != (config.host, config.port):
         raise UserError(
             f"Ray Serve already listens on {found[0]}:{found[1]} of this Ray cluster, and has one address for all applications; give "
-            f"--host {found[0]} --port {found[1]}, or end it with `serve shutdown`"
+            f"--host {found[0]} --port {found[1]}, or end Ray Serve with `serve shutdown -y` on the cluster's head node"
         )
     elif APP in ray_serve.status().applications:
         raise UserError(
-            f"a raycap endpoint already runs on {found[0]}:{found[1]} of this Ray cluster; stop it first, or use another cluster"
+            f"a raycap endpoint already runs on {found[0]}:{found[1]} of this Ray cluster; stop the job that started it, or, if that is "
+            f"gone, end Ray Serve with `serve shutdown -y` on the cluster's head node, or use another cluster"
         )
     _started_serve.append(found is None)
     try:
@@ -189,7 +191,7 @@ def _wait_until_ready(url: str) -> None:
     last = "no answer"
     while time.monotonic() < deadline:
         try:
-            with urllib.request.urlopen(f"{url}/readyz", timeout=10):
+            with DIRECT.open(f"{url}/readyz", timeout=10):
                 return
         except OSError as error:  # HTTPError is one
             last = str(error)

@@ -181,3 +181,11 @@ def test_settings_given_as_json_join_the_flags_and_are_given_once() -> None:
     assert str(settings) == (
         "max_new_tokens=20 num_beams=3 early_stopping=never repetition_penalty=2 banned_words=('dog',)"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_beams", 10**9), ("max_new_tokens", 10**9), ("num_candidates", 10**9)]
+)
+def test_a_setting_that_can_never_fit_is_refused_before_any_work(name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} is {value}; give"):
+        DecodeSettings(**{name: value, **({"do_sample": True} if name == "num_candidates" else {})})

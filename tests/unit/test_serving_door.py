@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from asgi import Answer, call
 
+import raycap.serving.door as door_module
 from raycap.config import ServeConfig
 from raycap.image import MAX_BYTES
 from raycap.serving.door import (
@@ -126,6 +127,86 @@ def test_bodies_that_arrive_together_hold_a_bounded_number_of_bytes() -> None:
         assert (await call(door, body=[b"x" * 500])).status == 200
 
     asyncio.run(scenario())
+
+
+def test_of_large_bodies_at_once_those_that_fit_are_served_and_the_others_refused_at_once() -> None:
+    async def scenario(length: bool) -> list[int]:
+        door = Door(Echo(), Limits(max_body_bytes=2 * 2**20, request_timeout_s=30), front=True)
+        size = 19 * 2**20 // 10  # as 19 MB are to 20 MB
+        headers = [(b"content-length", str(size).encode())] if length else []
+        pieces: list[bytes | float] = [p for _ in range(19) for p in (b"x" * (size // 19), 0.002)]
+        pieces[-1] = b"x" * (size - 19 * (size // 19))
+        answers = await asyncio.gather(*(call(door, body=list(pieces), headers=headers) for _ in range(12)))
+        assert (await call(door, body=[b"x"])).status == 200
+        return sorted(answer.status for answer in answers)
+
+    assert asyncio.run(scenario(True)) == [200] * 8 + [429] * 4
+    assert asyncio.run(scenario(False)) == [200] * 8 + [429] * 4
+
+
+def test_clients_that_stop_half_way_shut_out_neither_small_requests_nor_for_long_large_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(door_module, "STALL_S", 0.1)
+
+    async def scenario() -> None:
+        size = 2 * 2**20
+        door = Door(Echo(), Limits(max_body_bytes=size, request_timeout_s=30), front=True)
+        length = [(b"content-length", str(size).encode())]
+        stalled = [asyncio.create_task(call(door, body=[b"x" * size, 20.0, b""], headers=length)) for _ in range(8)]
+        await asyncio.sleep(0.02)
+        small = await call(door, body=[b"x" * 1000], headers=[(b"content-length", b"1000")])
+        assert small.status == 200
+        large = [b"x" * size]
+        assert (await call(door, body=list(large), headers=length)).status == 429
+        await asyncio.sleep(0.15)
+        assert (await call(door, body=list(large), headers=length)).status == 200
+        for task in stalled:
+            task.cancel()
+        await asyncio.gather(*stalled, return_exceptions=True)
+        assert (door._large._used, door._small._used) == (0, 0)
+
+    asyncio.run(scenario())
+
+
+def test_as_many_clients_as_the_queue_is_long_get_no_refusal_however_soon_they_ask_again() -> None:
+    async def scenario() -> None:
+        door = Door(Echo(), Limits(max_body_bytes=1000, request_timeout_s=30, max_queue=8))
+        statuses: list[int] = []
+
+        async def client() -> None:
+            done = asyncio.Event()
+
+            async def receive() -> dict[str, Any]:
+                return {"type": "http.request", "body": b"x", "more_body": False}
+
+            async def send(message: Any) -> None:
+                if message["type"] == "http.response.start":
+                    statuses.append(message["status"])
+                elif not message.get("more_body"):
+                    done.set()  # the client has its answer and asks again before the server's task goes on
+
+            for _ in range(20):
+                done.clear()
+                scope = {"type": "http", "method": "POST", "path": "/v1/caption", "headers": []}
+                running = asyncio.create_task(door(scope, receive, send))
+                await done.wait()
+                other = asyncio.create_task(asyncio.sleep(0))
+                await other
+                del running
+
+        await asyncio.gather(*(client() for _ in range(8)))
+        assert statuses == [200] * 160
+
+    asyncio.run(scenario())
+
+
+def test_two_tokens_are_refused_whichever_is_right() -> None:
+    right, wrong = (b"authorization", f"Bearer {TOKEN}".encode()), (b"authorization", b"Bearer x")
+    door = Door(Echo(), LIMITS, digest=token_digest(TOKEN))
+    assert ask(door, headers=[right]).status == 200
+    for headers in ([right, wrong], [wrong, right], [right, right]):
+        assert ask(door, headers=headers).status == 401
 
 
 def test_an_application_that_takes_too_long_is_cancelled_and_answered_with_504() -> None:

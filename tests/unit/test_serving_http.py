@@ -1,6 +1,8 @@
 """The routes: what a request may say, every error's status and shape, and the OpenAPI document against real answers."""
 
 import asyncio
+import base64
+import gzip
 import io
 import json
 from collections.abc import Iterable
@@ -107,6 +109,9 @@ TYPES: list[list[tuple[bytes, bytes]]] = [
     [JPEG_TYPE],  # of a PNG: the content decides
     [(b"content-type", b"Image/X-Something; q=1")],
     [(b"content-type", b"application/octet-stream")],
+    [(b"content-type", b"binary/octet-stream")],  # S3's default
+    [(b"content-type", b"*/*")],
+    [(b"content-encoding", b"identity")],
 ]
 
 
@@ -166,6 +171,25 @@ def test_another_content_type_is_refused_with_the_curl_that_works(given: bytes) 
     assert "-H 'Content-Type: image/jpeg'" in answer.json["error"]
 
 
+@pytest.mark.parametrize("encoding", [b"gzip", b"br", b"deflate, gzip"])
+def test_an_encoded_body_is_refused_by_the_name_of_its_encoding(encoding: bytes) -> None:
+    answer = ask(body=[gzip.compress(PNG)], headers=[JPEG_TYPE, (b"content-encoding", encoding)])
+    assert (answer.status, answer.error_kind) == (415, "unsupported_media_type")
+    assert f"Content-Encoding '{encoding.decode()}' is not taken" in answer.json["error"]
+
+
+@pytest.mark.parametrize("start", [b"", b"data:image/png;base64,"])
+def test_an_image_as_base64_text_is_refused_by_name(start: bytes) -> None:
+    answer = ask(body=[start + base64.b64encode(PNG)], headers=[JPEG_TYPE])
+    assert (answer.status, answer.error_kind) == (415, "unsupported_media_type")
+    assert "base64 text; send its bytes" in answer.json["error"]
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/v1/models"])
+def test_monitors_may_ask_with_head(path: str) -> None:
+    assert ask(method="HEAD", path=path).status == 200
+
+
 QUERIES = {
     b"num_beams=3": "3 12 0",
     b"max_new_tokens=60": "1 60 0",
@@ -190,6 +214,7 @@ BAD_QUERIES = {
     b"max_new_tokens=61": "at most 60",
     b"max_new_tokens=-1": "max_new_tokens",
     b"num_candidates=2": "num_candidates",  # more than beams
+    b"num_beams=1&num_beams=3": "'num_beams' is there 2 times",
     b"num_bems=3": "'num_bems' is unknown",
     b"temperature=0.1": "there are num_beams, max_new_tokens, num_candidates",
 }
