@@ -68,7 +68,6 @@ class Exchange:
     status: int = 0
     error_kind: str = ""
     answered_here: bool = False
-    give_back: Callable[[], None] = lambda: None  # the bytes it holds room for
 
     @property
     def seconds(self) -> float:
@@ -157,27 +156,29 @@ class Door:
         )
         scope[EXCHANGE] = exchange
         reply = _Reply(send, exchange, self._front)
-        body = _Body(receive)
+        body, arrival = _Body(receive), _Arrival()
         try:
-            await self._serve(scope, body, reply, exchange)
+            await self._serve(scope, body, reply, exchange, arrival)
         except asyncio.CancelledError:
             exchange.status = exchange.status or CLIENT_GONE
             raise
         except _ClientGone:
             exchange.status, exchange.answered_here = CLIENT_GONE, True
         except Refusal as refusal:
-            exchange.give_back()  # before the client is heard out
+            arrival.give_back()  # before the client is heard out
             await reply.refuse(refusal, body if self._front else None)
         except Exception:
             log.exception(json.dumps({"request_id": exchange.request_id, "error": "the application failed"}))
             if not reply.started:
                 await reply.refuse(_internal(exchange), body if self._front else None)
         finally:
-            exchange.give_back()
+            arrival.give_back()
             if exchange.answered_here or not self._front:
                 self._report(exchange)
 
-    async def _serve(self, scope: Scope, body: "_Body", reply: "_Reply", exchange: Exchange) -> None:
+    async def _serve(
+        self, scope: Scope, body: "_Body", reply: "_Reply", exchange: Exchange, arrival: "_Arrival"
+    ) -> None:
         open_to_all = exchange.path in OPEN_PATHS
         if self._digest and not open_to_all and self._guards(exchange.path):
             _check_token(scope, self._digest)
@@ -186,7 +187,7 @@ class Door:
             self._check_room()
         try:
             async with asyncio.timeout(exchange.deadline - time.monotonic()):
-                await self._read(body, exchange, declared)
+                await self._read(body, exchange, arrival, declared)
         except TimeoutError:
             raise Refusal(
                 408,
@@ -227,14 +228,12 @@ class Door:
         self._held += change
         self._tell_held(self._held)
 
-    async def _read(self, body: "_Body", exchange: Exchange, declared: int | None) -> None:
+    async def _read(self, body: "_Body", exchange: Exchange, arrival: "_Arrival", declared: int | None) -> None:
         """Reads the whole body. Room is taken for what is declared before a byte is read, and else as the bytes come.
 
         Raises Refusal where there is no room, at the first byte too many, and for a body that stalled while others came.
         """
         room = self._small if declared is not None and declared <= SMALL_BYTES else self._large
-        arrival = _Arrival()
-        exchange.give_back = lambda: room.give_back(arrival)
         room.take(arrival, declared or 0)
         while not body.complete:
             try:
@@ -259,10 +258,15 @@ class Door:
 class _Arrival:
     """A body and the bytes that room is taken for. task: that reads it, until it is whole. last: when bytes came."""
 
+    room: "_Room | None" = None
     num_bytes: int = 0
     last: float = 0.0
     evicted: bool = False
     task: asyncio.Task[Any] | None = None
+
+    def give_back(self) -> None:
+        if self.room is not None:
+            self.room.give_back(self)
 
 
 class _Room:
@@ -274,7 +278,7 @@ class _Room:
 
     def take(self, arrival: _Arrival, num_bytes: int) -> None:
         """Raises Refusal if there is not so much, not even without the bodies that have stalled."""
-        arrival.last, arrival.task = time.monotonic(), asyncio.current_task()
+        arrival.room, arrival.last, arrival.task = self, time.monotonic(), asyncio.current_task()
         if self._used + num_bytes > self._size:
             for other in [a for a in self._arrivals if a.task and arrival.last - a.last > STALL_S]:
                 other.evicted = True

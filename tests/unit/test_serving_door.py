@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import pickle
 import time
 from typing import Any
 
@@ -267,6 +268,12 @@ def test_the_answer_does_not_tell_a_missing_token_from_a_wrong_one() -> None:
 @pytest.mark.parametrize("path", ["/healthz", "/readyz"])
 def test_health_needs_no_token(path: str) -> None:
     assert ask(Door(Echo(), LIMITS, digest=token_digest(TOKEN)), method="GET", path=path).status == 200
+
+
+def test_what_the_scope_holds_can_be_pickled_as_serves_proxy_does() -> None:
+    echo = Echo()
+    ask(Door(echo, LIMITS, front=True), body=[b"x"])
+    assert pickle.loads(pickle.dumps(echo.scopes[0][door_module.EXCHANGE])).path == "/v1/caption"
 
 
 def test_no_token_has_no_digest() -> None:
