@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from conftest import Demo
+from ray.util.placement_group import placement_group, remove_placement_group
 from training_runs import curve, small_run_flags
 
 from raycap.config import TrainConfig
@@ -242,6 +244,20 @@ def test_an_address_that_nothing_answers_is_reported_within_seconds(tmp_path: Pa
     assert result.returncode == 2
     assert "no Ray cluster answers at RAY_ADDRESS='127.0.0.1:9'" in result.stderr
     assert status(tmp_path / "o")["exit_code"] == 2
+
+
+def test_a_job_says_that_it_waits_for_cpus_that_others_use(ray_cluster: str) -> None:
+    script = "from raycap import cluster; cluster.connect(num_cpus=2, need='a test'); print(cluster.waits_for())"
+    taken = placement_group([{"CPU": 7.5}])
+    ray.get(taken.ready())
+    try:
+        waiting = run([sys.executable, "-c", script])
+    finally:
+        remove_placement_group(taken)
+    assert waiting.stdout.splitlines() == [
+        "the job needs 2 CPUs at once (a test), and 0.5 of 8 are free now; it may wait until other work on the Ray cluster ends",
+        "free CPUs (0.5 of 8)",
+    ], waiting.stderr
 
 
 def test_a_relative_path_in_a_submitted_job_is_refused_with_a_sentence(ray_cluster: str, demo: Demo) -> None:
