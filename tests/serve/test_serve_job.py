@@ -133,7 +133,7 @@ def test_a_job_with_a_token_serves_beside_another_application_and_stops_alone_on
 
         begun = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
         print(f"stopped {time.monotonic() - begun:.1f} s after SIGTERM")
         assert process.stdout
         assert "stopping" in process.stdout.read()
@@ -177,7 +177,7 @@ def test_a_signal_ends_the_job_with_0_and_ray_with_it(checkpoint: str, to_all: b
             os.killpg(process.pid, signal.SIGTERM)
         else:
             process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive
 
