@@ -185,16 +185,16 @@ def test_as_many_clients_as_the_queue_is_long_get_no_refusal_however_soon_they_a
                 if message["type"] == "http.response.start":
                     statuses.append(message["status"])
                 elif not message.get("more_body"):
-                    done.set()  # the client has its answer and asks again before the server's task goes on
+                    done.set()  # the client has its answer and asks again
+                    await asyncio.sleep(0.001)  # while the server's task still waits for its socket
 
+            running = []
             for _ in range(20):
                 done.clear()
                 scope = {"type": "http", "method": "POST", "path": "/v1/caption", "headers": []}
-                running = asyncio.create_task(door(scope, receive, send))
+                running.append(asyncio.create_task(door(scope, receive, send)))
                 await done.wait()
-                other = asyncio.create_task(asyncio.sleep(0))
-                await other
-                del running
+            await asyncio.gather(*running)
 
         await asyncio.gather(*(client() for _ in range(8)))
         assert statuses == [200] * 160
