@@ -223,6 +223,20 @@ def test_100_connections_at_once_get_captions_or_429_and_all_are_answered(server
     assert server.post(IMAGES[0]).status == 200
 
 
+def test_of_12_large_uploads_at_once_those_that_fit_are_served(server: Server) -> None:
+    body, barrier = b"x" * (19 * MB), threading.Barrier(12)
+
+    def one(_: int) -> int:
+        barrier.wait(60)
+        return server.post(body).status
+
+    with ThreadPoolExecutor(12) as threads:
+        statuses = list(threads.map(one, range(12)))
+    assert set(statuses) <= {422, 429}
+    assert statuses.count(422) >= 8, statuses
+    assert server.post(IMAGES[0]).status == 200
+
+
 def test_a_client_that_goes_away_in_the_middle_is_only_counted(server: Server) -> None:
     for _ in range(3):
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
