@@ -219,9 +219,9 @@ class Gpt2(nn.Module):
         self.num_layers = config.n_layer
         self.transformer = TextBody(config)
         self.lm_head = LanguageHead(config.n_embd, config.vocab_size, bias=False)
-        _initialise(self, config.initializer_range)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
+        _initialise(self, config.initializer_range)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings, (..., D), without positions. ids: int64, of any shape."""
@@ -265,5 +265,7 @@ def _initialise(model: Gpt2, std: float) -> None:
             # The last one of each residual path: 2 paths a layer, also where cross-attention is a third.
             scale = math.sqrt(2 * model.num_layers) if name.endswith("c_proj") else 1.0
             nn.init.normal_(module.weight, std=std / scale)
-        elif isinstance(module, nn.Embedding | LanguageHead):
+        elif isinstance(module, nn.Embedding) or (
+            module is model.lm_head and module.weight is not model.transformer.wte.weight
+        ):
             nn.init.normal_(module.weight, std=std)
