@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -85,9 +84,9 @@ def local_copy(root: str) -> Iterator[Path]:
         return
     if not storage.list_files(root):
         raise CheckpointError(f"no checkpoint folder at {root!r}: no key is below it; check the URL, or train first")
-    with tempfile.TemporaryDirectory(prefix="raycap-checkpoint-") as folder:
-        storage.download_folder(root, folder)
-        yield Path(folder)
+    with storage.temporary_folder("checkpoint") as folder:
+        storage.download_folder(root, str(folder))
+        yield folder
 
 
 @contextmanager
@@ -97,11 +96,11 @@ def new_folder(root: str, last: str) -> Iterator[Path]:
     One process at a time writes a root: what killed ones left beside a local root is swept. Raises StorageError.
     """
     if storage.is_url(root):
-        with tempfile.TemporaryDirectory(prefix="raycap-checkpoint-") as name:
-            yield Path(name)
+        with storage.temporary_folder("checkpoint") as folder:
+            yield folder
             if storage.exists(storage.join(root, last)):
                 storage.remove(storage.join(root, last))  # from here until the new seal, readers refuse the folder
-            storage.upload_folder(name, root, last=last)
+            storage.upload_folder(str(folder), root, last=last)
         return
     target = Path(root)
     fresh = target.with_name(f".{target.name}.new-{os.getpid()}")

@@ -17,6 +17,7 @@ _TOKEN = re.compile(r"([^\t]+)#(\d+)\t(.*)")
 # Row 19999 of Kaggle's Flickr30k lacks its second '|': `2199200615.jpg| 4   A dog runs across the grass .`
 _NUMBER_AND_TEXT = re.compile(r"(\d+)\s+(\S.*)")
 _SPLIT_FILES = {"train": "trainImages", "val": "devImages", "dev": "devImages", "test": "testImages"}
+_ROW = re.compile(r"[^\n,]+\.(jpe?g|png|webp|gif|bmp)\s*,", re.IGNORECASE)
 _LAST = 1 << 60  # the number of a caption that has none
 
 Row = tuple[str, int, str]  # image, number of the caption, caption
@@ -135,9 +136,14 @@ def _table_rows(
     # A caption in quotes may go on in the next line, which must then keep its end.
     ended = (f"{line}\n" for line in lines)
     table = csv.reader(ended) if delimiter == "," else csv.reader(ended, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+    num_lines = 0
     try:
         for row in table:
-            if num_columns == 2 and len(row) >= 2:
+            num_lines, before = table.line_num, num_lines
+            if num_lines > before + 1 and any(map(_ROW.match, "\n".join(row).splitlines()[2:])):
+                for _ in range(before, num_lines):
+                    skips.skip(delimiter.join(row)[:60], "row behind a quote that is not closed", unusable=True)
+            elif num_columns == 2 and len(row) >= 2:
                 yield row[0].strip(), _LAST, delimiter.join(row[1:])  # a caption with commas and no quotes
             elif num_columns == 3 and len(row) >= 3 and row[1].strip().isdecimal():
                 yield row[0].strip(), int(row[1]), delimiter.join(row[2:])

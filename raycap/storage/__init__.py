@@ -26,7 +26,7 @@ from raycap.storage.files import (
     read_range,
     remove,
 )
-from raycap.storage.folders import download_folder, remove_folder, upload_folder
+from raycap.storage.folders import download_folder, remove_folder, temporary_folder, upload_folder
 from raycap.storage.listing import has_files, iter_names, list_entries, list_files
 
 __all__ = [
@@ -55,5 +55,6 @@ __all__ = [
     "read_range",
     "remove",
     "remove_folder",
+    "temporary_folder",
     "upload_folder",
 ]

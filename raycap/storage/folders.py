@@ -1,12 +1,20 @@
-"""Whole folders, copied up or down file by file, or removed."""
+"""Whole folders: copied up or down file by file, removed, or there for a while."""
 
+import contextlib
+import os
 import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from raycap.errors import StorageError
 from raycap.storage import local, s3
 from raycap.storage.files import is_url, join, remove
 from raycap.storage.listing import list_files
+
+_LEFT_S = 3600.0
 
 
 def upload_folder(local_dir: str, url: str, last: str) -> None:
@@ -77,3 +85,29 @@ def remove_folder(url: str) -> None:
         path = local.as_path(url)
         if path.exists():
             shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def temporary_folder(kind: str) -> Iterator[Path]:
+    """A local folder for the length of a block. What killed processes left of the same kind on this machine is removed first.
+
+    That is what no process of this number uses and nobody wrote to for an hour: containers that share the folder count for themselves.
+    """
+    prefix = f"raycap-{kind}-"
+    for path in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        pid = path.name.removeprefix(prefix).partition("-")[0]
+        with contextlib.suppress(OSError):  # another process sweeps too
+            if pid.isdigit() and not _is_alive(int(pid)) and time.time() - path.stat().st_mtime > _LEFT_S:
+                shutil.rmtree(path, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{prefix}{os.getpid()}-", ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True

@@ -1,9 +1,7 @@
 """One Ray Train worker: sets up model, engine and stream, resumes from the last checkpoint, and runs the loop."""
 
 import json
-import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -33,7 +31,6 @@ from raycap.training.validate import Validator
 from raycap.training.watch import MetricsFile
 
 KEPT_CHECKPOINTS = 2  # the last ones, beside the best
-_UNSAVED = "raycap-state-"  # then the process id of a worker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +78,6 @@ def _run(config: TrainConfig, board: Any, data: Data) -> None:
     spec, model = build_start(config)
     num_micro_steps = -(-rows_per_rank(config.global_batch_size, world) // config.micro_batch_size)
     engine = DeepSpeedEngine(model, config, device, num_micro_steps)
-    _sweep_states()
     position = _resume(engine)
     position.num_workers = world
 
@@ -157,14 +153,6 @@ def _resume(engine: Engine) -> Position:
         return Position(**json.loads((Path(name) / POSITION).read_text()))
 
 
-def _sweep_states() -> None:
-    """Removes what workers that were killed while they saved left in this node's temporary folder, as large as the state."""
-    for path in Path(tempfile.gettempdir()).glob(f"{_UNSAVED}*"):
-        pid = path.name.removeprefix(_UNSAVED).partition("-")[0]
-        if pid.isdigit() and not Path("/proc", pid).exists() and Path("/proc").is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-
-
 class _Saver:
     """Writes what a run leaves behind: the sharded state to resume from, the last checkpoints, and the best one."""
 
@@ -185,12 +173,12 @@ class _Saver:
             _prune(root, KEPT_CHECKPOINTS)
         if self._metrics_file:
             self._metrics_file.flush()
-        with tempfile.TemporaryDirectory(prefix=f"{_UNSAVED}{os.getpid()}-") as name:
-            self._engine.save_state(Path(name))
+        with storage.temporary_folder("state") as folder:
+            self._engine.save_state(folder)
             if self._engine.rank == 0:
-                (Path(name) / POSITION).write_text(json.dumps(asdict(position)))
-            seal_state(Path(name), self._engine.rank)
-            checkpoint = ray.train.Checkpoint.from_directory(name)
+                (folder / POSITION).write_text(json.dumps(asdict(position)))
+            seal_state(folder, self._engine.rank)
+            checkpoint = ray.train.Checkpoint.from_directory(str(folder))
             ray.train.report({"step": position.step}, checkpoint=checkpoint)
 
     def save_best(self, position: Position, metrics: Metrics) -> None:

@@ -1,20 +1,20 @@
 """What the training driver says and refuses before and after Ray Train runs."""
 
 import json
-import os
-import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from conftest import Demo, pack
 from tiny_families import tiny_family
 from training_runs import small_run
 
-from raycap.errors import UserError
+from raycap import storage
+from raycap.errors import StorageError, UserError
 from raycap.schema import Sample
 from raycap.shards import read_manifest
-from raycap.training import driver, worker
+from raycap.training import driver
 from raycap.training.watch import MetricsFile, read_records
 
 
@@ -70,14 +70,15 @@ def test_a_torn_last_line_of_the_metrics_is_passed_over(tmp_path: Path) -> None:
     assert [r["loss"] for r in read_records(str(tmp_path)) if "loss" in r] == [2.0]
 
 
-def test_what_killed_workers_were_saving_is_swept_and_what_living_ones_save_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_full_disk_leaves_a_status_that_is_true(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job_module: ModuleType
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    pid_max = int(Path("/proc/sys/kernel/pid_max").read_text())
-    for name in (f"raycap-state-{pid_max + 1}-abc", f"raycap-state-{os.getpid()}-abc", "raycap-state-abc", "other"):
-        (tmp_path / name).mkdir()
-    worker._sweep_states()
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        [f"raycap-state-{os.getpid()}-abc", "raycap-state-abc", "other"]
-    )
+    job_module._write_status(str(tmp_path), "train_blip", "running", None, None)
+
+    def full(url: str, data: bytes) -> None:
+        raise StorageError("no space")
+
+    monkeypatch.setattr(storage, "put", full)
+    job_module._try_write_status(str(tmp_path), "train_blip", "failed", 2, "no space is left")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["exit_code"], status["error"]) == ("failed", 2, "no space is left")

@@ -193,3 +193,16 @@ def test_a_name_of_different_pictures_is_refused_and_one_of_equal_copies_is_read
         UserError, match=r"'0001.jpg' of .* is the name of different files .*: 'test/0001.jpg' and 'train/0001.jpg'"
     ):
         read_flickr(str(tmp_path / "captions.csv"), images)
+
+
+def test_rows_that_a_quote_swallows_are_counted(tmp_path: Path) -> None:
+    rows = ["a.jpg,one", 'b.jpg,"a dog', "c.jpg,a cat", 'd.jpg,a "big" bird"', 'e.jpg,"goes on', 'here"', "f.jpg,six"]
+    (tmp_path / "captions.csv").write_text("\n".join(["image,caption", *rows]) + "\n")
+    images = images_below(tmp_path, **{f"{letter}_dot_jpg": letter.encode() for letter in "abcdef"})
+    result = read_flickr(str(tmp_path / "captions.csv"), images)
+    assert [(sample.key, sample.captions) for sample in result.samples] == [
+        ("a", ("one",)),
+        ("e", ("goes on here",)),
+        ("f", ("six",)),
+    ]
+    assert result.unusable == {"row behind a quote that is not closed": 3}

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -309,3 +310,24 @@ def test_a_failed_read_says_whether_that_one_file_is_at_fault(tmp_path: Path) ->
         storage.read_entry(str(tmp_path), entry)
     assert storage.is_fault_of_file(caught.value)
     assert not storage.is_fault_of_file(StorageError("the storage itself"))
+
+
+def test_what_killed_processes_left_in_the_temporary_folder_is_swept_and_what_living_ones_use_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    nobody = int(Path("/proc/sys/kernel/pid_max").read_text()) + 1
+    kept = {
+        f"raycap-state-{os.getpid()}-abc",
+        "raycap-state-abc",
+        f"raycap-other-{nobody}-abc",
+        f"raycap-state-{nobody}-new",
+    }
+    for name in (f"raycap-state-{nobody}-abc", *kept):
+        (tmp_path / name / "x").mkdir(parents=True)
+        if not name.endswith("new"):
+            os.utime(tmp_path / name, (0, 0))
+    with storage.temporary_folder("state") as folder:
+        assert {path.name for path in tmp_path.iterdir()} == {*kept, folder.name}
+        (folder / "x").write_bytes(b"1")
+    assert {path.name for path in tmp_path.iterdir()} == kept
