@@ -145,15 +145,15 @@ def _connect(config: EvaluateConfig) -> bool:
 
 def _report_progress(rows: Iterator[Row], num_images: int) -> Iterator[Row]:
     """The rows, with a line every REPORT_S seconds; rates leave out the start of the processes."""
-    number, begun = 0, 0.0
+    number, begun = 0, time.perf_counter()
 
     def line() -> str:
-        rate, times = pace(number, num_images - number, time.perf_counter() - begun if number else 0.0)
+        rate, times = pace(number, num_images - number, time.perf_counter() - begun)
         return f"images={number}/{num_images} images_per_s={rate:.1f} {times}{'' if number else waiting_for()}"
 
     with ticking(line, partial(print, flush=True), REPORT_S, at_end=False):
         for row in rows:
-            begun = begun or time.perf_counter()
+            begun = begun if number else time.perf_counter()
             number += 1
             yield row
 
