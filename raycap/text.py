@@ -10,7 +10,7 @@ A row is "[DEC] prompt caption [SEP]". Shapes: N rows, L tokens.
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from pathlib import Path
@@ -367,8 +367,8 @@ def _from_folder(folder: str, source: str) -> Tokenizer:
             tokenizer = _parse(files["tokenizer.json"], source)
     except (ValueError, TypeError, AttributeError, IndexError) as e:
         raise CheckpointError(f"cannot load the tokenizer of '{source}': {e}; write that folder again") from e
-    known = [name for content in about for name in _special_names(content) if tokenizer.token_to_id(name) is not None]
-    tokenizer.add_special_tokens(sorted(set(known)))  # which tokenizer.json need not say: they are skipped in captions
+    known = [name for name in _special_names(about) if tokenizer.token_to_id(name) is not None]
+    tokenizer.add_special_tokens(sorted(known))  # which tokenizer.json need not say: they are skipped in captions
     return tokenizer
 
 
@@ -393,17 +393,30 @@ def _byte_level(vocab: dict[str, int], merges: str) -> Tokenizer:
     return tokenizer
 
 
-def _special_names(content: dict[str, Any]) -> Iterator[str]:
-    """Names of special tokens in special_tokens_map.json or tokenizer_config.json; that of the end, which may be a word (ClipCap's
-    is "."), is said by nothing that goes on after it.
+def _special_names(about: list[dict[str, Any]]) -> set[str]:
+    """Names of special tokens in special_tokens_map.json and tokenizer_config.json, without that of the end, which may be a word
+    (ClipCap's is "."): nothing that is said comes after it.
     """
-    roles = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token", "bos_token", "additional_special_tokens")
-    for role in roles:
-        given = content.get(role)
-        for token in given if isinstance(given, list) else [given]:
-            name = token.get("content") if isinstance(token, dict) else token
-            if isinstance(name, str) and name and name != content.get("eos_token"):
-                yield name
+    roles = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token", "bos_token")
+    given: list[Any] = []
+    for content in about:
+        given += [content.get(role) for role in roles]
+        for several in ("additional_special_tokens", "extra_special_tokens"):
+            given += content[several] if isinstance(content.get(several), list) else []
+        added = content.get("added_tokens_decoder")
+        given += [
+            token for token in (added.values() if isinstance(added, dict) else ()) if _field(token, "special") is True
+        ]
+    ends = {_field(content.get("eos_token"), "content") for content in about}
+    names = {_field(token, "content") for token in given}
+    return {name for name in names - ends if isinstance(name, str) and name}
+
+
+def _field(token: Any, name: str) -> Any:
+    """Of a token that a file holds as its text or as an object."""
+    return (
+        token.get(name) if isinstance(token, dict) else token if name == "content" and isinstance(token, str) else None
+    )
 
 
 def _parse(data: bytes, source: str) -> Tokenizer:

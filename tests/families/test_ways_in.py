@@ -136,6 +136,25 @@ def test_special_tokens_that_only_the_map_names_are_not_said(tmp_path: Path) -> 
     assert load_tokenizer(str(folder)).get_vocab_size() == Tokenizer.from_str(json.dumps(document)).get_vocab_size()
 
 
+def test_special_tokens_are_read_from_every_place_that_names_them_and_a_word_that_ends_captions_is_none(
+    tmp_path: Path,
+) -> None:
+    folder = write_family(tmp_path / "published", "blip", sealed=False)
+    document = json.loads((folder / "tokenizer.json").read_text())
+    ids = [document["model"]["vocab"][token] for token in ("two", "red", "big", "blue", "dogs")]
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "added_tokens_decoder": {str(ids[1]): {"content": "red", "special": True}},
+                "extra_special_tokens": ["big"],
+            }
+        )
+    )
+    end = {"eos_token": {"content": "blue"}, "pad_token": "blue"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(end))
+    assert decode(load_tokenizer(str(folder)), ids) == "two blue dogs"
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 def test_pickled_weights_of_a_folder_whole_or_in_parts_come_in_through_the_import(tmp_path: Path, parts: int) -> None:
     folder = write_family(tmp_path / "published", "blip", sealed=False)
