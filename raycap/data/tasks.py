@@ -80,7 +80,8 @@ def own_errors(doing: str) -> Iterator[None]:
     except ray.exceptions.RayError as error:
         raised = re.findall(r"^raycap\.errors\.(\w+): (.+)$", str(error), re.MULTILINE)
         if not raised:
-            reason = str(error).strip().splitlines()[-1].rstrip(".")
+            # Of a process that died Ray goes on with ids and with advice for its own developers.
+            reason = re.split(r"\. (?:Worker exit|Owner Id)", str(error).strip().splitlines()[-1])[0].rstrip(".")
             raise RaycapError(f"{doing} broke off: {reason}; run the same command again") from error
         name, sentence = raised[-1]
         error_class: type[RaycapError] = getattr(errors, name)

@@ -17,6 +17,7 @@ from raycap.checkpoint import CheckpointSpec
 from raycap.config import TrainConfig, default_root
 from raycap.data.demo import find_or_make_demo
 from raycap.data.index import open_shards
+from raycap.data.tasks import own_errors
 from raycap.errors import TrainingError, UserError
 from raycap.order import Plan
 from raycap.schema import Sample
@@ -79,14 +80,15 @@ def train_captioner(config: TrainConfig) -> None:
     board: Any = Board.remote()  # type: ignore[attr-defined]  # ray.remote's types hide it
     for sentence in list_states(state_root(config)):
         print(sentence, flush=True)
-    with Display(board, num_steps) as display:
-        try:
-            _trainer(config, board, data, use_gpu).fit()
-        except ray.train.TrainingFailedError as error:
-            message = ray.get(board.error.remote()) or _cause(error)
-            raise TrainingError(message) from error
-    if message := ray.get(board.error.remote()):
-        raise TrainingError(message)
+    with own_errors("training"):  # Ray Train's controller and Ray itself may be killed
+        with Display(board, num_steps) as display:
+            try:
+                _trainer(config, board, data, use_gpu).fit()
+            except ray.train.TrainingFailedError as error:
+                message = ray.get(board.error.remote()) or _cause(error)
+                raise TrainingError(message) from error
+        if message := ray.get(board.error.remote()):
+            raise TrainingError(message)
     list_states(
         state_root(config)
     )  # a worker that died before Ray Train heard of its state left one that is not listed
