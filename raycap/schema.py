@@ -112,6 +112,8 @@ class DecodeSettings:
 
     max_new_tokens, min_new_tokens: tokens after the prompt; the end token counts in the first and not in the second. num_beams: 1 is greedy.
     length_penalty: a beam is ranked by its log-probability divided by its number of new tokens to this power.
+    length_counts_prompt: that number is then of prompt and caption, the first token in and the end token out, and an image stops
+    as in the transformers 4.15 with which BLIP's scores were published.
     num_candidates: how many of the best beams come back as candidates, best first; 0 gives none. Of a sampled caption: how
     many are drawn, in the order of their draws; the first is the caption.
     early_stopping: False stops an image when no running beam, at its present length, can beat the worst finished one; True
@@ -130,6 +132,7 @@ class DecodeSettings:
     min_new_tokens: int = 0
     num_beams: int = 1
     length_penalty: float = 1.0
+    length_counts_prompt: bool = False
     num_candidates: int = 0
     early_stopping: bool | Literal["never"] = False
     repetition_penalty: float = 1.0
@@ -195,10 +198,9 @@ class DecodeSettings:
             raise ValueError(
                 f"{name}={getattr(self, name)} is for sampling; give do_sample and one beam, or leave it out"
             )
-        if self.early_stopping is not False and self.num_beams == 1:
-            raise ValueError(
-                f"early_stopping={self.early_stopping!r} is for beams; give num_beams too, or leave it out"
-            )
+        for name in ("early_stopping", "length_counts_prompt"):
+            if getattr(self, name) is not False and self.num_beams == 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} is for beams; give num_beams too, or leave it out")
 
     def _check_required_words(self) -> None:
         if not self.required_words:

@@ -62,7 +62,8 @@ def _use(spec: CheckpointSpec) -> str:
             settings.append(f"decoder_input_ids=torch.tensor([{prompt_ids(spec.tokenizer, spec.text)}])")
     elif spec.text.prompt:
         text = f"text=[{spec.text.prompt!r}], "
-    words = ", ".join(name for name in ("banned_words", "required_words") if getattr(spec.decode, name))
+    missing = ("banned_words", "required_words", "length_counts_prompt")
+    words = ", ".join(name for name in missing if getattr(spec.decode, name))
     limits = "".join(
         [
             "\nIts processor loads in transformers 5 alone; raycap runs no code of a folder." if code else "",

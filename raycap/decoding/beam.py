@@ -55,7 +55,7 @@ def beam(
 ) -> list[list[Decoded]]:
     """The num_beams best captions per image of `state`, ranked by log-probability / length ** length_penalty.
 
-    When an image is done: see DecodeSettings.early_stopping. Arguments: see greedy().
+    When an image is done and what a length is: see DecodeSettings. Arguments: see greedy().
     """
     k, L = settings.num_beams, settings.max_new_tokens
     rules = Rules.of(settings, eos_id, banned)
@@ -71,6 +71,8 @@ def beam(
     images_B = torch.arange(B, device=device)  # of those not dropped yet: their places in the result
     results: list[list[Decoded]] = [[] for _ in range(B)]
     ids_N = prompt_ids[-1].expand(B * k)
+    with_prompt, power = settings.length_counts_prompt, settings.length_penalty
+    num_before = len(prompt_ids) - 1 if with_prompt else 0  # less one, because the end token is not counted then
     for num_new_tokens in range(1, L + 1):
         log_probs_NV = model.step(decode_state, ids_N).log_softmax(dim=-1)
         said_BkL = torch.cat([prompt_BkP[: len(open_B)], running.tokens_BkL[:, :, : num_new_tokens - 1]], dim=2)
@@ -87,7 +89,13 @@ def beam(
 
         # A text among the second k may not finish: it is there only so that k can go on.
         may_finish_BC = ends_BC & (torch.arange(2 * k, device=device) < k) & open_B[:, None]
-        scores_BC = totals_BC / num_new_tokens**settings.length_penalty + ~may_finish_BC * FORBIDDEN
+        if with_prompt:  # in transformers 4.15 what max_new_tokens cuts may, though it is among them
+            may_finish_BC |= ends_BC & (words_BC != eos_id) & open_B[:, None]
+        length = num_before + num_new_tokens
+        ranks_BC = torch.where(
+            words_BC == eos_id, totals_BC / length**power, totals_BC / (length + with_prompt) ** power
+        )
+        scores_BC = ranks_BC + ~may_finish_BC * FORBIDDEN
         finished, _ = finished.best(
             torch.cat([finished.scores_Bk, scores_BC], dim=1),
             torch.cat([finished.sums_Bk, sums_BC], dim=1),
@@ -95,8 +103,10 @@ def beam(
         )
         running, chosen_Bk = running.best(totals_BC + ends_BC * FORBIDDEN, sums_BC, texts_BCL)
 
-        hoped_length = L if settings.early_stopping == "never" and settings.length_penalty > 0 else num_new_tokens
-        best_running_B = running.scores_Bk[:, 0] / hoped_length**settings.length_penalty
+        hoped_length = num_before + L + with_prompt if settings.early_stopping == "never" and power > 0 else length
+        # transformers 4.15 hoped for the likeliest text also where that has just ended.
+        best_B = totals_BC[:, 0] if with_prompt and not settings.early_stopping else running.scores_Bk[:, 0]
+        best_running_B = best_B / hoped_length**power
         worst_finished_B = finished.scores_Bk.min(dim=1).values
         open_B = open_B & (best_running_B > worst_finished_B)
         if settings.early_stopping is True:

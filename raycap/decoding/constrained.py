@@ -58,12 +58,16 @@ class _Image:
         self,
         rows: Sequence[list[list[float]]],
         num_new_tokens: int,
+        num_before: int,
         required: Required,
         settings: DecodeSettings,
         eos_id: int,
     ) -> None:
-        """One token more. rows: of each running text what it may go on with, as (id, score, log-probability)."""
+        """One token more. rows: of each running text what it may go on with, as (id, score, log-probability). num_before: tokens of
+        the prompt that a length counts, less one.
+        """
         k, L, n = settings.num_beams, settings.max_new_tokens, num_new_tokens
+        with_prompt, power = settings.length_counts_prompt, settings.length_penalty
         banks: defaultdict[int, list[_Text]] = defaultdict(list)
         for row, (text, found) in enumerate(zip(self.running, rows, strict=True)):
             for token, (score, log_prob) in {int(token): numbers for token, *numbers in found}.items():
@@ -78,15 +82,16 @@ class _Image:
                     continue
                 longer = _Text(text.ids + new_ids, text.score + score, text.sum + log_prob, place, row)
                 if ends:
-                    rank = longer.score / n**settings.length_penalty
+                    rank = longer.score / (num_before + n + (with_prompt and token != eos_id)) ** power
                     self.finished.append((rank, Decoded(longer.ids, longer.sum, n)))
                 else:
                     banks[place.num_missing].append(longer)
         self.finished = sorted(self.finished, key=lambda ranked: ranked[0], reverse=True)[:k]
         self.running = [text for _, bank in sorted(banks.items()) for text in _likeliest(bank, k)]
         if self.running and len(self.finished) == k:
-            hoped_length = L if settings.early_stopping == "never" and settings.length_penalty > 0 else n
-            hoped = max(text.score for text in self.running) / hoped_length**settings.length_penalty
+            longest = settings.early_stopping == "never" and power > 0
+            hoped_length = num_before + (L + with_prompt if longest else n)
+            hoped = max(text.score for text in self.running) / hoped_length**power
             if settings.early_stopping is True or hoped <= self.finished[-1][0]:
                 self.running = []
 
@@ -116,6 +121,7 @@ def constrained(
     images = everyone = [_Image([_Text((), 0.0, 0.0, words.start)]) for _ in range(N // R)]
     said_NL = (prompt_ids if model.counts_prompt else prompt_ids[:0]).expand(N, -1)
     ids_N = prompt_ids[-1].expand(N)
+    num_before = len(prompt_ids) - 1 if settings.length_counts_prompt else 0
     as_ids = partial(torch.tensor, dtype=torch.int64, device=device)
     for num_new_tokens in range(1, settings.max_new_tokens + 1):
         log_probs_NV = model.step(decode_state, ids_N).log_softmax(dim=-1)
@@ -131,7 +137,7 @@ def constrained(
         rows = zip(numbers_NX3.tolist(), next_ids, strict=True)
         rows_N = [numbers[: likeliest_NX.shape[1] + len(ids)] for numbers, ids in rows]
         for i, image in enumerate(images):
-            image.grow(rows_N[i * R :][: len(image.running)], num_new_tokens, words, settings, eos_id)
+            image.grow(rows_N[i * R :][: len(image.running)], num_new_tokens, num_before, words, settings, eos_id)
         kept = [i for i, image in enumerate(images) if image.running]
         if all_finished(not kept) if all_finished else not kept:
             break

@@ -143,6 +143,7 @@ class DecodeInfo(BaseModel):
     max_new_tokens: int
     min_new_tokens: int
     length_penalty: float
+    length_counts_prompt: bool
     num_candidates: int
     early_stopping: bool | Literal["never"]
     repetition_penalty: float

@@ -167,12 +167,17 @@ class Table:
 OPTIONS = strategies.fixed_dictionaries(
     {
         "length_penalty": strategies.sampled_from([1.0, 0.0, -1.0, 2.0]),
+        "length_counts_prompt": strategies.booleans(),
         "early_stopping": strategies.sampled_from([False, False, True, "never"]),
         "repetition_penalty": strategies.sampled_from([1.0, 1.0, 0.7, 1.5]),
         "min_new_tokens": strategies.integers(0, 4),
     }
 )
 BANNED = strategies.lists(strategies.lists(strategies.integers(0, 4), min_size=1, max_size=2).map(tuple), max_size=2)
+
+
+def length_of(num_new_tokens: int, ended: bool, given: DecodeSettings) -> int:
+    return len(PROMPT) + num_new_tokens - ended if given.length_counts_prompt else num_new_tokens
 
 
 @settings(drawn, max_examples=12)
@@ -195,7 +200,12 @@ def test_beams_as_wide_as_all_texts_find_every_text_with_the_words_in_order(
                     if more > -math.inf and token != eos_id:
                         longer.append(text)
                     if more > -math.inf and (token == eos_id or n == L) and what.holds(text[0]):
-                        expected.append((text[1] / n**given.length_penalty, Decoded(text[0], text[2], n)))
+                        expected.append(
+                            (
+                                text[1] / length_of(n, token == eos_id, given) ** given.length_penalty,
+                                Decoded(text[0], text[2], n),
+                            )
+                        )
             running = longer
         expected.sort(key=lambda ranked: ranked[0], reverse=True)
         assert_same(captions, [decoded for _, decoded in expected][: given.num_beams])
@@ -220,10 +230,16 @@ def restated(model: Table, image: int, given: DecodeSettings, what: Drawn, banne
                     if follow.num_least <= L - n:
                         banks[follow.num_missing].append((text[1], text[2], text[0], follow))
                 elif what.holds(text[0]):
-                    finished.append((text[1] / n**given.length_penalty, Decoded(text[0], text[2], n)))
+                    finished.append(
+                        (
+                            text[1] / length_of(n, token == eos_id, given) ** given.length_penalty,
+                            Decoded(text[0], text[2], n),
+                        )
+                    )
         finished = sorted(finished, key=lambda ranked: -ranked[0])[:k]
         running = [text for bank in banks.values() for text in sorted(bank, key=lambda text: -text[0])[:k]]
-        length = L if given.early_stopping == "never" and given.length_penalty > 0 else n
+        never = given.early_stopping == "never" and given.length_penalty > 0
+        length = length_of(L if never else n, not never, given)
         hoped = max((text[0] for text in running), default=-math.inf) / length**given.length_penalty
         if len(finished) == k and (given.early_stopping is True or hoped <= finished[-1][0]):
             break

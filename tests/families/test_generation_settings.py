@@ -184,3 +184,13 @@ def test_the_call_on_the_card_gives_the_captions_that_we_give(tmp_path: Path, fa
     assert done.returncode == 0, done.stderr
     (result,) = Captioner.load(str(folder)).caption([(tmp_path / "photo.png").read_bytes()], settings)
     assert done.stdout.strip() == f"{prompt}{result.caption}".strip()
+
+
+def test_the_card_says_that_transformers_counts_no_prompt_in_a_length(tmp_path: Path) -> None:
+    spec, model = tiny_family("blip")
+    settings = DecodeSettings(num_beams=3, length_counts_prompt=True)
+    folder = tmp_path / "saved"
+    save_checkpoint(str(folder), export_weights(model), replace(spec, decode=settings), {"step": 1})
+    assert "transformers has no length_counts_prompt." in (folder / "README.md").read_text()
+    assert "length_counts_prompt" not in (folder / "generation_config.json").read_text()
+    assert open_checkpoint(str(folder))[0].decode == settings

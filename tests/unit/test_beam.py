@@ -1,6 +1,7 @@
 """Beam search against transformers' generate(num_beams=k, early_stopping=False), and its own bookkeeping."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -237,3 +238,42 @@ def test_a_probability_that_is_no_number_is_seen_in_the_score_of_its_image_alone
     assert math.isnan(broken[2][0].score)
     assert broken[:2] == whole[:2]
     assert all(math.isfinite(caption.score) for image in whole for caption in image)
+
+
+def best_of_transformers_4_15(model: Blip, pixels: Tensor, prompt: list[int], given: DecodeSettings) -> tuple[int, ...]:
+    """The beam search of transformers 4.15 for one image: a length is that of prompt and text without the end token."""
+    k, power = given.num_beams, given.length_penalty
+    running, finished = [(0.0, ())], list[tuple[float, tuple[int, ...]]]()
+    for n in range(1, given.max_new_tokens + 1):
+        totals = []
+        for total, ids in running:
+            with torch.no_grad():
+                state = model.start(model.encode_image(pixels[None]), torch.tensor(prompt), 1)
+                logits = [model.step(state, torch.tensor([token])) for token in (prompt[-1], *ids)][-1]
+            totals.append(total + logits[0].log_softmax(-1))
+        flat, V = torch.stack(totals).flatten(), totals[0].shape[-1]
+        likeliest = [(float(flat[i]), running[int(i) // V][1], int(i) % V) for i in flat.topk(2 * k).indices]
+        length = len(prompt) + n - 1
+        finished += [(total / length**power, ids) for total, ids, token in likeliest[:k] if token == EOS_ID]
+        finished = sorted(finished, reverse=True)[:k]
+        running = [(total, (*ids, token)) for total, ids, token in likeliest if token != EOS_ID][:k]
+        if len(finished) == k and finished[-1][0] >= likeliest[0][0] / length**power:
+            return finished[0][1]
+    length = len(prompt) + given.max_new_tokens
+    return max(finished + [(total / length**power, ids) for total, ids in running])[1]
+
+
+@pytest.mark.parametrize("length_penalty", [1.0, 2.0])
+def test_lengths_that_count_the_prompt_give_the_captions_of_transformers_4_15(length_penalty: float) -> None:
+    counts = {"other than without": 0, "cut at the last token": 0}
+    for seed, num_beams, prompt in ((1, 3, [BOS_ID, 7, 8]), (3, 2, [BOS_ID]), (5, 3, [BOS_ID, 9])):
+        ours, _ = pair_that_ends_captions(seed)
+        settings = DecodeSettings(
+            max_new_tokens=8, num_beams=num_beams, length_penalty=length_penalty, length_counts_prompt=True
+        )
+        found = [best.ids for best, *_ in captions(ours, images(12), prompt, settings)]
+        assert found == [best_of_transformers_4_15(ours, pixels, prompt, settings) for pixels in images(12)]
+        without = captions(ours, images(12), prompt, replace(settings, length_counts_prompt=False))
+        counts["other than without"] += sum(ids != best.ids for ids, (best, *_) in zip(found, without, strict=True))
+        counts["cut at the last token"] += sum(len(ids) == 8 for ids in found)
+    assert min(counts.values()) > 0, counts

@@ -137,6 +137,7 @@ def test_a_draw_never_takes_what_may_not_be_said_at_either_end() -> None:
         ({"do_sample": "yes"}, "do_sample is 'yes'; give true or false"),
         ({"num_beams": 2, "early_stopping": 1}, "early_stopping is 1; give False, True or 'never'"),
         ({"early_stopping": True}, "early_stopping=True is for beams"),
+        ({"length_counts_prompt": True}, "length_counts_prompt=True is for beams"),
         ({"num_beams": 2, "early_stopping": "maybe"}, "early_stopping is 'maybe'"),
         ({"num_candidates": 2}, "num_candidates is 2 and num_beams 1; a search finds as many captions as it has beams"),
         ({"do_sample": True, "num_candidates": 101}, "num_candidates is 101; give one from 0 to 100"),
