@@ -89,9 +89,8 @@ def train_captioner(config: TrainConfig) -> None:
                 raise TrainingError(message) from error
         if message := ray.get(board.error.remote()):
             raise TrainingError(message)
-    list_states(
-        state_root(config)
-    )  # a worker that died before Ray Train heard of its state left one that is not listed
+    # A worker that died before Ray Train had heard of its state left one that is not listed.
+    list_states(state_root(config))
     sizes = {"num_parameters": num_parameters, "num_trained_parameters": num_trained}
     _write_report(config, sizes, display, plan, (train_manifest, val_manifest), time.perf_counter() - begun)
 
