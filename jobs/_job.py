@@ -1,6 +1,7 @@
 """What every job's command line shares: presets, absolute paths, the printed config, status.json and the exit code."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -37,7 +38,8 @@ def run_job(name: str, presets: dict[str, Any], function: str, args: list[str] |
     except (KeyboardInterrupt, SystemExit):  # Ray Train's handler of SIGINT exits
         _fail(out, name, EXIT_INTERRUPTED, "interrupted; run the same command again to go on")
     except Exception as error:
-        _try_write_status(out, name, "failed", EXIT_FAILURE, f"{type(error).__name__}: {error}")
+        last = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()[-1:]  # Ray's hold tracebacks in colours
+        _try_write_status(out, name, "failed", EXIT_FAILURE, f"{type(error).__name__}: {''.join(last)}")
         raise
     _write_status(out, name, "succeeded", 0, None)
     _leave(0)

@@ -45,20 +45,22 @@ class _State:
 def list_states(root: str) -> list[str]:
     """Verifies the states below root, keeps the last NUM_KEPT good ones and lists them for Ray Train. Returns what to say.
 
-    A state whose saving was cut off counts as never saved. Raises CheckpointError, and removes nothing, if states were saved and
-    none of them is good.
+    A state whose saving was cut off counts as never saved. Removes nothing, and raises CheckpointError, if states were saved and none
+    of them is good; StorageError, if one cannot be read, which says nothing of what is in it.
     """
     names = storage.list_files(root) if storage.is_url(root) or Path(root).exists() else []
     folders = sorted({name.partition("/")[0] for name in names if name.startswith("checkpoint_") and "/" in name})
     states = sorted((_verify(root, folder, names) for folder in folders), key=lambda state: (state.step, state.name))
     good = [state for state in states if not state.fault]
     damaged = [state for state in states if state.fault and state.is_whole]
-    if damaged and not good:
+    unfinished = [state for state in states if not state.is_whole]
+    if not good and (damaged or len(unfinished) > 1):  # a run that was killed in its first saving left one
         raise CheckpointError(
-            f"the run cannot be resumed: {damaged[-1].fault}, and no other state below {root!r} is whole; restore that folder from a "
+            f"the run cannot be resumed: {(damaged or unfinished)[-1].fault}, and no other state below {root!r} is whole; restore that folder from a "
             f"copy, or begin another --out with the weights of the run's last checkpoint as --init-from"
         )
     said = [f"{state.fault}: this state is not used" for state in damaged if not 0 <= state.step < good[-1].step]
+    said += [f"{state.fault}: it is removed" for state in unfinished]
     kept = good[-NUM_KEPT:]
     _write_list(root, kept)
     for state in states:
@@ -90,8 +92,12 @@ def _verify(root: str, folder: str, names: list[str]) -> _State:
                 fault = f"{storage.join(url, name)!r} has {Path(url, name).stat().st_size} bytes, not {size}"
             elif not storage.is_url(url) and sha256_of_file(Path(url, name)) != digest:
                 fault = f"{storage.join(url, name)!r} is damaged"
-    except (StorageError, CheckpointError, OSError, ValueError, KeyError, TypeError) as error:
+    except (CheckpointError, ValueError, KeyError, TypeError) as error:
         fault = fault or f"{url!r} is damaged ({' '.join(str(error).split())})"
+    except OSError as error:
+        raise StorageError(
+            f"cannot read the state {url!r}: {error.strerror or error}; run the same command again when it can be read"
+        ) from error
     return _State(folder, step, fault or ("" if is_whole else f"{url!r} was not saved to its end"), is_whole)
 
 

@@ -42,7 +42,7 @@ class Board:
 
 
 def read_records(out: str) -> list[Record]:
-    """The records of metrics.jsonl; a last line that a kill or a full disk cut short is none."""
+    """The records of metrics.jsonl; a line that a kill or a full disk cut short is none."""
     url = storage.join(out, "metrics.jsonl")
     records = []
     for line in storage.read_bytes(url).splitlines() if storage.exists(url) else ():

@@ -8,7 +8,9 @@ import pytest
 import torch
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState
 
-from raycap.errors import CheckpointError
+from raycap import storage
+from raycap.errors import CheckpointError, StorageError
+from raycap.training import states as states_module
 from raycap.training.states import POSITION, SNAPSHOT, list_states, seal_state
 
 
@@ -94,12 +96,12 @@ def test_a_run_whose_only_state_is_damaged_is_refused_and_nothing_is_removed(tmp
 def test_a_state_that_was_cut_off_while_it_was_saved_counts_as_never_saved(tmp_path: Path) -> None:
     half = write_state(tmp_path, 4)
     (half / "files-1.json").unlink()
-    assert list_states(str(tmp_path)) == []
+    assert list_states(str(tmp_path)) == [f"{str(half)!r} was not saved to its end: it is removed"]
     assert states(tmp_path) == []
     assert not (tmp_path / SNAPSHOT).exists()
     write_state(tmp_path, 8)
     (write_state(tmp_path, 12) / POSITION).unlink()
-    assert list_states(str(tmp_path)) == []
+    assert len(list_states(str(tmp_path))) == 1
     assert (states(tmp_path), listed(tmp_path)) == ([8], [8])
 
 
@@ -117,3 +119,35 @@ def test_states_from_before_the_seals_are_used_if_their_files_are_whole(tmp_path
 def test_a_run_that_has_not_begun_has_no_states(tmp_path: Path) -> None:
     assert list_states(str(tmp_path / "nowhere")) == []
     assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("lost", ["files-0.json", POSITION])
+def test_several_states_without_what_ends_a_saving_are_refused_and_stay(tmp_path: Path, lost: str) -> None:
+    for step in (4, 8):
+        (write_state(tmp_path, step) / lost).unlink()
+    with pytest.raises(CheckpointError, match=r"cannot be resumed: .* was not saved to its end, and no other state"):
+        list_states(str(tmp_path))
+    assert states(tmp_path) == [4, 8]
+
+
+@pytest.mark.parametrize(
+    "error", [StorageError("cannot read 'x': Input/output error"), OSError(5, "Input/output error")]
+)
+def test_a_state_that_cannot_be_read_now_is_not_called_damaged_and_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    write_state(tmp_path, 4)
+    newest = write_state(tmp_path, 8)
+
+    def fail(path: object) -> None:
+        if str(newest) in str(path):
+            raise error
+
+    read, digest = storage.read_bytes, states_module.sha256_of_file
+    if isinstance(error, StorageError):
+        monkeypatch.setattr(storage, "read_bytes", lambda url: fail(url) or read(url))
+    else:
+        monkeypatch.setattr(states_module, "sha256_of_file", lambda path: fail(path) or digest(path))
+    with pytest.raises(StorageError, match="Input/output error"):
+        list_states(str(tmp_path))
+    assert states(tmp_path) == [4, 8]
