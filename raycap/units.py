@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 README = "README.md"
-_DTYPES = {"float": "float32", "double": "float64"}  # Arrow's name -> that of `datasets`
+_DTYPES = {"float": "float32", "double": "float64", "binary": "image"}  # Arrow's name -> that of `datasets`
 
 
 def claim(url: str, plan: dict[str, Any]) -> None:
@@ -79,16 +79,21 @@ def commit_first(url: str, data: bytes) -> bool:
     return storage.put_new(url, data)
 
 
-def describe(root: str, path: str, split: str, about: str, schema: "pa.Schema | None" = None) -> None:
+def describe(
+    root: str, path: str, split: str, about: str, schema: "pa.Schema | None" = None, *, renew: bool = False
+) -> None:
     """Creates README.md in root, if there is none: the head by which Hugging Face's `datasets` finds the data among the other files.
 
-    path: of the data files below root, as a pattern. about: one sentence. schema: of JSON lines, whose columns may hold only null
-    in the part by which types are guessed.
+    path: of the data files below root, as a pattern. about: one sentence. schema: of files whose columns show only in part in the
+    first rows, by which they are guessed; binary columns are images. renew: also in the place of one that this wrote before.
     """
+    begin = "configs:\n- config_name: default\n"
     head = f'configs:\n- config_name: default\n  data_files:\n  - split: {split}\n    path: "{path}"\n'
     if schema is not None:
         head += "dataset_info:\n  features:\n" + _features(schema, "  ")
-    storage.put_new(storage.join(root, README), f"---\n{head}---\n{about}\n".encode())
+    url, content = storage.join(root, README), f"---\n{head}---\n{about}\n".encode()
+    if not storage.put_new(url, content) and renew and storage.read_bytes(url).startswith(f"---\n{begin}".encode()):
+        storage.put(url, content)
 
 
 def _features(columns: "Iterable[pa.Field]", indent: str) -> str:
@@ -102,6 +107,7 @@ def _features(columns: "Iterable[pa.Field]", indent: str) -> str:
             kind, word = kind.value_type, "list"
         lines += f"{indent}- name: {column.name}\n"
         if pa.types.is_struct(kind):
+            word = word if word == "list" else "struct"
             lines += f"{indent}  {word}:\n{_features(kind, indent + '  ')}"
         else:
             lines += f"{indent}  {word}: {_DTYPES.get(str(kind), str(kind))}\n"

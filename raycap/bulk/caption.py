@@ -42,6 +42,7 @@ def caption_bucket(config: CaptionBucketConfig) -> dict[str, Any]:
     scorer = scorer_fingerprint(config.scorer, spec.image, checkpoint)
     begun = _check_begun(config, images, spec, scorer)
     if begun and storage.exists(storage.join(config.out, plan.SUCCESS)):
+        _describe(config.out, config.format)  # which an older raycap left out
         return _finished(config.out, images, report)
     entries, others = plan.list_images(images, config.out, plan.suffixes_of(config), leftovers=config.leftovers)
     if others:
@@ -120,17 +121,16 @@ def _make(
         )
     errors = verify.verify_units(job, manifest)
     verify.check_unreadable(errors, manifest.num_rows, config.max_error_rate, config.out)
-    _describe(job)
+    _describe(config.out, job.format)
     summary = verify.seal(job, manifest.num_rows, errors, progress.elapsed_s)
     report(table(summary))
     report(f"wrote {summary['num_images']} rows to {storage.join(config.out, plan.DATA)}")
     return summary
 
 
-def _describe(job: plan.Job) -> None:
+def _describe(out: str, format: str) -> None:
     about = "Captions by raycap, one row per image; a row without a caption has an error_kind."
-    schema = caption_schema() if job.format == "jsonl" else None
-    units.describe(job.out, f"{plan.DATA}/*.{job.format}", "train", about, schema)
+    units.describe(out, f"{plan.DATA}/*.{format}", "train", about, caption_schema() if format == "jsonl" else None)
 
 
 def _inputs(config: CaptionBucketConfig) -> tuple[str, str]:

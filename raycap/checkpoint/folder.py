@@ -44,7 +44,7 @@ def refuse_pointer(path: Path, source: str) -> None:
 def read_json(path: Path, root: str) -> dict[str, Any]:
     """The object in a JSON file of the checkpoint at `root`. Raises CheckpointError."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # editors of Windows begin files with a mark
     except FileNotFoundError:
         raise CheckpointError(
             f"{root!r} is no checkpoint folder: it holds no {path.name}; give the folder that training wrote, such as "

@@ -13,7 +13,6 @@ from raycap.schema import DecodeSettings
 from raycap.text import TextSpec
 
 FILE = "generation_config.json"
-MOST_BEAMS = 100  # that a folder may ask for: every image becomes as many rows
 SAMPLING_TOP_K = 50  # of transformers, where a folder samples and names no top_k
 _SAME = ("max_new_tokens", "min_new_tokens", "num_beams", "repetition_penalty", "no_repeat_ngram_size")
 _OF_BEAMS = ("length_penalty", "early_stopping")
@@ -34,6 +33,7 @@ _NOT_FOLLOWED = {  # what else changes captions in generate() -> the value that 
     "guidance_scale": 1,
     "min_p": 0,
     "num_beam_groups": 1,
+    "num_return_sequences": 1,
     "penalty_alpha": 0,
     "remove_invalid_values": False,
     "renormalize_logits": False,
@@ -137,8 +137,6 @@ def _settings(given: Mapping[str, Any], num_counted: int, ignored: list[str]) ->
     if "min_new_tokens" not in given and "min_length" in given:
         most = chosen.get("max_new_tokens", DecodeSettings().max_new_tokens)
         chosen["min_new_tokens"] = min(max(given["min_length"] - num_counted, 0), most)
-    if given.get("num_beams", 1) > MOST_BEAMS:
-        raise ValueError(f"num_beams is {shown(given['num_beams'])}, and raycap takes {MOST_BEAMS} at most")
     beams = _OF_BEAMS if given.get("num_beams", 1) > 1 else ("length_penalty",)
     chosen |= {name: given[name] for name in beams if name in given}
     if given.get("do_sample") and given.get("num_beams", 1) > 1:

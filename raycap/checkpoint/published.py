@@ -142,10 +142,12 @@ def refuse_incomplete(folder: Path, source: str, model_config: Mapping[str, Any]
         "blip": "Salesforce/blip-image-captioning-base",
         "vision-encoder-decoder": "nlpconnect/vit-gpt2-image-captioning",
     }
-    base = bases[0] if bases else usual.get(model_config["model_type"])
+    base = f", {shown(bases[0])}" if bases else ""
+    if not bases and model_config["model_type"] in usual:
+        base = f", for example {usual[model_config['model_type']]!r} if it was that"
     raise CheckpointError(
         f"{source!r} holds no {' and no '.join(missing)}, as trainers leave it; copy {', '.join(missing)} into it from the model that it "
-        f"was trained from{f', {shown(base)}' if base else ''}"
+        f"was trained from{base}"
     )
 
 

@@ -34,7 +34,7 @@ IN_DRIVER = 64 * 2**20  # bytes of shards: some seconds of work, where Ray takes
 INDEX = "_index"
 PLAN = f"{INDEX}/plan.json"
 REPORT_S = 2.0
-_FORMAT = 1  # of an index file; another one is another unit
+_FORMAT = 2  # of an index file; another one is another unit
 
 
 def open_shards(

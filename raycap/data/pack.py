@@ -51,10 +51,12 @@ class Packed:
 @dataclass(frozen=True, slots=True)
 class PackedShard:
     """A finished shard: its index, whose shard is no file if none of its samples could be packed; and for each sample a
-    hash of its image's bytes, uint64 (num_samples,): the first 8 bytes of their sha256."""
+    hash of its image's bytes, uint64 (num_samples,): the first 8 bytes of their sha256. suffixes: of its images, lower case."""
 
     index: ShardIndex
     image_hashes: npt.NDArray[np.uint64]
+    suffixes: tuple[str, ...]
+    has_text_ids: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,13 @@ def pack_unit(out: str, unit: Unit | RunUnit, shrink: Shrink | None = None) -> P
     index = replace(index, skipped=(*index.skipped, *skipped))
     images = {sample.key: sample.image for sample in samples}
     hashes = "".join(hashlib.sha256(images[key]).hexdigest()[:16] for key in index.keys)
-    units.commit(_index_url(out, unit.name), json.dumps({**asdict(index), "image_hashes": hashes}).encode())
+    facts = {
+        **asdict(index),
+        "image_hashes": hashes,
+        "suffixes": sorted({sample.ext for sample in samples}),
+        "has_text_ids": any(isinstance(sample.image_id, str) for sample in samples),
+    }
+    units.commit(_index_url(out, unit.name), json.dumps(facts).encode())
     return Packed(index.num_samples, index.skipped)
 
 
@@ -106,7 +114,8 @@ def read_packed(out: str, names: Sequence[str]) -> Iterator[PackedShard]:
     for data in storage.read_each([_index_url(out, name) for name in names]):
         facts = json.loads(data)
         hashes = np.frombuffer(bytes.fromhex(facts.pop("image_hashes")), dtype=">u8")
-        yield PackedShard(ShardIndex.from_dict(facts), hashes.astype(np.uint64))
+        suffixes, has_text_ids = tuple(facts.pop("suffixes", ())), facts.pop("has_text_ids", False)
+        yield PackedShard(ShardIndex.from_dict(facts), hashes.astype(np.uint64), suffixes, has_text_ids)
 
 
 def shrink_image(data: bytes, shrink: Shrink) -> bytes | None:
@@ -187,7 +196,7 @@ def _finish(sample: Sample, shrink: Shrink | None) -> Sample | Skip:
 
 def _suffix(suffix: str, data: bytes) -> str | None:
     if re.fullmatch(r"[A-Za-z0-9]+", suffix) and suffix.lower() not in ("json", "txt"):
-        return suffix
+        return suffix.lower()  # `datasets` makes a column of each
     return next((ext for start, ext in _SUFFIXES.items() if data.startswith(start)), None)
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from raycap import storage, units
 from raycap.config import DatasetFormat
@@ -217,11 +218,15 @@ def _gather(out: str, work: Work, read: DatasetRead, limit: Limit) -> Manifest:
     limit.add(Packed(0, work.skipped))
     parts: list[ShardArrays] = []
     hashes: list[npt.NDArray[np.uint64]] = []
+    suffixes: set[str] = set()
+    has_text_ids = False
     skipped = list(work.skipped)
     lost = work.skipped
     for packed in read_packed(out, names):
         limit.add(Packed(packed.index.num_samples, packed.index.skipped))
         skipped += packed.index.skipped
+        suffixes.update(packed.suffixes)
+        has_text_ids = has_text_ids or packed.has_text_ids
         if packed.index.num_samples:
             parts.append(without_keys(replace(packed.index, skipped=(*lost, *packed.index.skipped))))
             hashes.append(packed.image_hashes)
@@ -244,9 +249,17 @@ def _gather(out: str, work: Work, read: DatasetRead, limit: Limit) -> Manifest:
         "duplicate_groups": groups,
     }
     units.commit(storage.join(out, REPORT), (json.dumps(facts, indent=1, sort_keys=True) + "\n").encode())
-    units.describe(out, "*.tar", "train", f"{num_packed} images with captions in WebDataset tars, packed by raycap.")
+    about = f"{num_packed} images with captions in WebDataset tars, packed by raycap."
+    units.describe(out, "*.tar", "train", about, _schema(suffixes, has_text_ids))
     units.seal(out, MANIFEST, manifest_bytes(parts))
     return build_manifest(out, parts, {})
+
+
+def _schema(suffixes: set[str], has_text_ids: bool) -> pa.Schema:
+    """Of the rows that `datasets` makes of the tars: a column of images for each suffix."""
+    facts = pa.struct([("captions", pa.list_(pa.string())), ("image_id", pa.string() if has_text_ids else pa.int64())])
+    texts = [(name, pa.string()) for name in ("__key__", "__url__")]
+    return pa.schema([*((suffix, pa.binary()) for suffix in sorted(suffixes)), ("json", facts), *texts])
 
 
 def _duplicates(

@@ -80,13 +80,28 @@ def keys_of(names: Collection[str]) -> dict[str, str]:
     return {name: name if stems[key_of(name)] > 1 else key_of(name) for name in names}
 
 
-def locate(names: Collection[str], present: Collection[str], images: str) -> dict[str, str]:
+def locate(
+    names: Collection[str], present: Collection[str], images: str, *, by_last_part: bool = False
+) -> dict[str, str]:
     """name -> path below the folder or URL `images`, of the names that are there in one of the forms that annotations have: as it
     is, with backslashes, as an absolute path below `images`, below the folder that `images` ends with, or as the last part of a
-    path or URL of somebody else.
+    path or URL of somebody else; by_last_part: of any name. Raises UserError for two such names of which nothing but the last part is the same.
     """
-    found = ((name, next((form for form in _forms(name, images) if form in present), None)) for name in names)
-    return {name: path for name, path in found if path is not None}
+    found: dict[str, str] = {}
+    guessed: dict[str, str] = {}  # path -> the name whose last part it is
+    for name in names:
+        path = next((form for form in _forms(name, images) if form in present), None)
+        if path is None:
+            last = next((form for form in _last_parts(name, by_last_part) if form in present), None)
+            if last is not None and guessed.setdefault(last, name) != name:
+                raise UserError(
+                    f"'{printable(guessed[last])}' and '{printable(name)}' end alike, and below '{images}' there is one '{last}' for both; give "
+                    f"the folder that holds their folders, or write names that are below it"
+                )
+            path = last
+        if path is not None:
+            found[name] = path
+    return found
 
 
 def _forms(name: str, images: str) -> Iterator[str]:
@@ -96,7 +111,11 @@ def _forms(name: str, images: str) -> Iterator[str]:
     for above in (f"{root}/", f"{root.rpartition('/')[2]}/"):
         if plain.startswith(above):
             yield str(PurePosixPath(plain.removeprefix(above)))
-    if plain.startswith("/") or ":/" in plain:
+
+
+def _last_parts(name: str, of_any: bool) -> Iterator[str]:
+    plain = name.replace("\\", "/")
+    if of_any or plain.startswith("/") or ":/" in plain:
         last = plain.rpartition("/")[2]
         yield last
         yield unquote(last.partition("?")[0])

@@ -41,7 +41,7 @@ def read_lavis(annotations: str, images: str) -> DatasetRead:
             skips.skip(f"[{number}]", "row without image", unusable=True)
             continue
         path = PurePosixPath(image)
-        name = path.name if path.is_absolute() else str(path)
+        name = str(path)
         is_web = is_web or "url" in row or _WEB_NAME.fullmatch(path.stem) is not None
         ids.setdefault(name, _image_id(row, path))
         given = row.get("caption")
@@ -65,9 +65,10 @@ def read_lavis(annotations: str, images: str) -> DatasetRead:
     paths = _find(captions, is_web, annotations, images)
     for name in captions.keys() - paths.keys():
         skips.skip(key_of(name), "image file is missing")
-    keys = keys_of(paths)
+    shown = {name: path if name.startswith("/") else name for name, path in paths.items()}  # no path of somebody else's
+    keys = keys_of(shown.values())
     samples = tuple(
-        SampleRef(key=keys[name], url=storage.join(images, paths[name]), captions=texts, image_id=ids[name])
+        SampleRef(key=keys[shown[name]], url=storage.join(images, paths[name]), captions=texts, image_id=ids[name])
         for name, texts in captions.items()
         if name in paths
     )
@@ -80,8 +81,7 @@ def _find(names: Collection[str], is_web: bool, annotations: str, images: str) -
     Raises UserError if one is not and the list is of no web images, or if none is.
     """
     present = set(storage.iter_names(images))
-    paths = locate(names, present, images)
-    paths |= {name: last for name in names if name not in paths and (last := name.rpartition("/")[2]) in present}
+    paths = locate(names, present, images, by_last_part=True)
     if not is_web or not paths:
         refuse_missing(names, paths.keys(), annotations, images)
     return paths

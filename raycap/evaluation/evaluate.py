@@ -110,7 +110,7 @@ def _write(out: str, rows: list[Row], cider_by_key: dict[str, float], about: dic
     storage.put(storage.join(out, "captions.json"), (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
     storage.put(storage.join(out, PER_IMAGE), "".join(lines).encode())
     said = "Captions of a split beside their references, scored by raycap."
-    units.describe(out, PER_IMAGE, "test", said, per_image_schema(rows))
+    units.describe(out, PER_IMAGE, "test", said, per_image_schema(rows), renew=True)
     storage.put(storage.join(out, "metrics.json"), (json.dumps(about, indent=2) + "\n").encode())
     for name, value in about["metrics"].items():
         print(f"{name:<8} {value:.4f}")

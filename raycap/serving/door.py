@@ -280,7 +280,10 @@ class _Room:
         """Raises Refusal if there is not so much, not even without the bodies that have stalled."""
         arrival.room, arrival.last, arrival.task = self, time.monotonic(), asyncio.current_task()
         if self._used + num_bytes > self._size:
-            for other in [a for a in self._arrivals if a.task and arrival.last - a.last > STALL_S]:
+            stalled = [a for a in self._arrivals if a.task and arrival.last - a.last > STALL_S]
+            for other in sorted(stalled, key=lambda a: a.last):
+                if self._used + num_bytes <= self._size:
+                    break
                 other.evicted = True
                 if other.task is not None:
                     other.task.cancel()

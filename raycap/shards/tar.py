@@ -181,15 +181,16 @@ def _captions(texts: dict[str, bytes]) -> tuple[tuple[str, ...], int | str | Non
     facts: Any = json.loads(texts.get("json", b"{}"))
     if not isinstance(facts, dict):
         raise ValueError("the .json is no object")
-    found, image_id = facts.get("captions"), facts.get("image_id")
     text = texts.get("txt", texts.get("caption"))
-    if found is None:
-        found = facts.get("caption") if text is None else text.decode("utf-8-sig").strip()
-    captions = [found] if isinstance(found, str) else [] if found is None else found
-    if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
-        raise ValueError('"captions" or "caption" in the .json is no text and no list of texts')
-    captions = [caption.removeprefix("\ufeff") for caption in captions]
-    return tuple(c for c in captions if c.strip()), image_id if isinstance(image_id, int | str) else None
+    sources = (facts.get("captions"), None if text is None else text.decode("utf-8-sig").strip(), facts.get("caption"))
+    captions: list[str] = []
+    for found in sources:  # the first that says something
+        given = [found] if isinstance(found, str) else [] if found is None else found
+        if not isinstance(given, list) or not all(isinstance(c, str) for c in given):
+            raise ValueError('"captions" or "caption" in the .json is no text and no list of texts')
+        captions = captions or [c for c in (caption.removeprefix("\ufeff") for caption in given) if c.strip()]
+    image_id = facts.get("image_id")
+    return tuple(captions), image_id if isinstance(image_id, int | str) else None
 
 
 def first_fault(data: bytes, where: str) -> str:

@@ -233,3 +233,11 @@ def test_a_file_name_is_found_in_the_forms_that_annotations_have(tmp_path: Path,
 def test_the_last_part_of_somebody_elses_path_or_url_is_looked_for(tmp_path: Path, name: str) -> None:
     (sample,) = read(tmp_path, [{"id": 3, "file_name": name}], files=("a b.png",)).samples
     assert sample.url.endswith("/images/a b.png")
+
+
+@pytest.mark.parametrize("above", ["http://h/{}/1.jpg", "/data/{}/1.jpg", "C:\\{}\\1.jpg"])
+def test_two_names_that_end_alike_are_not_taken_for_one_file(tmp_path: Path, above: str) -> None:
+    images = [{"id": i, "file_name": above.format(folder)} for i, folder in enumerate(("cats", "dogs"))]
+    annotations = [{"image_id": i, "caption": "a pet"} for i in (0, 1)]
+    with pytest.raises(UserError, match=r"cats.* and .*dogs.* end alike, and below .* there is one '1.jpg' for both"):
+        read(tmp_path, images, annotations, files=("1.jpg",))

@@ -124,3 +124,10 @@ def test_a_file_that_is_no_list_of_captions_is_refused_with_its_name(tmp_path: P
     assert f"'{path}'" in str(caught.value)
     with pytest.raises(StorageError, match="nowhere"):
         read_lavis(f"{tmp_path}/nowhere.json", str(tmp_path))
+
+
+@pytest.mark.parametrize("above", ["/data/", ""])
+def test_two_names_that_end_alike_are_not_taken_for_one_file(tmp_path: Path, above: str) -> None:
+    rows = [{"image": f"{above}{folder}/1.jpg", "caption": f"a {folder}"} for folder in ("cat", "dog")]
+    with pytest.raises(UserError, match=r"cat/1.jpg' and '.*dog/1.jpg' end alike"):
+        read(tmp_path, rows, files=("1.jpg",))

@@ -74,7 +74,7 @@ def test_a_folder_of_captions_is_a_data_set_of_its_rows(
     manifest = make_manifest(job)
     for number in plan.pending_units(job, manifest.num_rows):
         unit.make_unit(job, unit.prepare_unit(job, number, plan.rows_of(job, manifest, number), pool), Says())
-    _describe(job)
+    _describe(job.out, job.format)
     verify.seal(job, manifest.num_rows, verify.verify_units(job, manifest), 1.0)
     rows = load(job.out, tmp_path / "cache")
     expected = sorted([*names, "broken.png"])
@@ -106,3 +106,35 @@ def test_what_an_evaluation_says_of_each_image_is_a_data_set(tmp_path: Path, ima
     found = load(str(tmp_path), tmp_path / "cache")
     assert found[0] == {**good, "cider": 1.5}
     assert (len(found), found[200]["error_kind"], found[200]["cider"]) == (201, "truncated", None)
+
+
+def test_shards_of_images_of_several_suffixes_and_ids_of_both_kinds_lose_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, ids = tmp_path / "images", [1, "two", 3, 4, 5, 6, "seven"]
+    images.mkdir()
+    for number, ext in enumerate(("jpg", "jpg", "JPG", "jpg", "jpg", "png", "jpeg")):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(images / f"{number}.{ext}")
+    names = sorted(path.name for path in images.iterdir())
+    document = {
+        "images": [{"id": i, "file_name": name} for i, name in zip(ids, names, strict=True)],
+        "annotations": [{"image_id": i, "caption": f"about {i}"} for i in ids],
+    }
+    (tmp_path / "captions.json").write_text(json.dumps(document))
+    out = str(tmp_path / "shards")
+    prepare.prepare_shards(str(tmp_path / "captions.json"), str(images), out, report=lambda _: None)
+    rows = load(out, tmp_path / "cache")
+    assert len(rows) == 7
+    assert all(sum(row[ext] is not None for ext in ("jpg", "jpeg", "png")) == 1 for row in rows)
+    assert {row["json"]["captions"][0] for row in rows} == {f"about {i}" for i in ids}
+
+
+def test_a_readme_of_ours_is_renewed_where_that_is_asked_for_and_no_other(tmp_path: Path) -> None:
+    units.describe(str(tmp_path), "a", "test", "x")
+    units.describe(str(tmp_path), "b", "test", "x")
+    assert 'path: "a"' in (tmp_path / "README.md").read_text()
+    units.describe(str(tmp_path), "b", "test", "x", renew=True)
+    assert 'path: "b"' in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text("mine")
+    units.describe(str(tmp_path), "b", "test", "x", renew=True)
+    assert (tmp_path / "README.md").read_text() == "mine"

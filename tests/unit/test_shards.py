@@ -196,6 +196,7 @@ READ: list[tuple[list[tuple[str, bytes]], tuple[str, ...]]] = [
     ([("x.jpg", b"1"), ("x.caption", b"t")], ("t",)),
     ([("x.jpg", b"1"), ("x.json", b'{"caption": ["a dog", "pet"]}')], ("a dog", "pet")),
     ([("x.jpg", b"1"), ("x.json", b'{"captions": "a dog"}')], ("a dog",)),
+    ([("x.jpg", b"1"), ("x.json", b'{"captions": [], "caption": "a dog"}'), ("x.txt", b" ")], ("a dog",)),
     ([("x.jpg", b"1"), ("x.txt", b"\xef\xbb\xbfa dog")], ("a dog",)),
     ([("x.jpg", b"1"), ("x.json", '{"caption": "\ufeffa dog"}'.encode())], ("a dog",)),
 ]
