@@ -485,6 +485,7 @@ def test_a_marker_that_is_none_is_refused(job: Job, content: bytes) -> None:
 def test_the_progress_line_says_what_a_run_spends_its_time_on(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
     seen = progress.Progress(100, 20)
     assert seen.line().startswith("rows=20/100 images_per_s=0.0 errors=0 eta_s=unknown elapsed_s=0 read_s=0.0")
     assert seen.line().endswith(" write_s=0.0 waiting_for='Ray to start'")

@@ -2,7 +2,10 @@
 
 import contextlib
 import http.server
+import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +20,9 @@ from raycap.errors import UserError
 def _no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(cluster, "_ADDRESS", "local")
+    monkeypatch.setattr(
+        cluster.ray, "is_initialized", lambda: False
+    )  # another suite may have its cluster in this process
 
 
 def refusal() -> str:
@@ -46,9 +52,26 @@ def test_a_session_folder_that_cannot_be_written_is_refused_before_ray_waits_for
     assert not list((tmp_path / "ray").iterdir())
 
 
-def test_whatever_ray_raises_when_it_starts_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("long" * 20)))  # an OSError: longer than a socket's path may be
-    said = refusal()
+def test_whatever_ray_raises_when_it_starts_is_one_sentence(tmp_path: Path) -> None:
+    script = """
+from raycap import cluster
+from raycap.errors import UserError
+try:
+    cluster.connect(num_cpus=1, need="the test")
+except UserError as error:
+    print(error)
+"""
+    # An OSError: longer than a socket's path may be.
+    environment = {
+        **os.environ,
+        "RAY_TMPDIR": str(tmp_path / ("long" * 20)),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    said = done.stdout.strip()
+    assert "\n" not in said
     assert said.startswith("cannot start Ray on this machine: ")
     assert "107 bytes" in said
 

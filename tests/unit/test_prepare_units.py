@@ -185,6 +185,7 @@ def test_a_slow_shard_still_reports_every_few_seconds(
 
     monkeypatch.setattr(prepare, "run_units", slow)
     monkeypatch.setattr(prepare, "REPORT_S", 0.02)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
     run(coco, f"{tmp_path}/out", lines.append)
     assert lines[0].startswith("shards=0/3 rows=0/10 images_per_s=0 eta_s=unknown elapsed_s=")
     assert lines[0].endswith(" waiting_for='Ray to start'")
