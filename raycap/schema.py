@@ -95,7 +95,7 @@ def _triple(values: Any) -> tuple[float, float, float]:
 
 
 MAX_DRAWS = 100  # of one image
-MAX_BEAMS = 100  # of one image: each is a row of the model's caches, some hundred kilobytes of BLIP base
+MAX_BEAMS = 1_000  # of one image: each is a row of the model's caches, some hundred kilobytes of BLIP base
 MAX_NEW_TOKENS = 2**16  # the most positions of any text model that is loaded (raycap/checkpoint/spec.py, LARGEST)
 _TYPES: dict[type, tuple[tuple[type, ...], str]] = {
     int: ((int,), "a whole number"),
