@@ -69,7 +69,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does_and_says_the_same(tmp
     save_checkpoint(str(tmp_path / "c"), export_weights(model), spec, {})
     expected, warned = caption(tmp_path / "c", num_images=16)
     assert (len(set(expected)) > 1, warned) == (True, [])
-    found, warned = caption(tmp_path / "c", num_images=16, mib=40)
+    found, warned = caption(tmp_path / "c", num_images=16, mib=20)
     assert found == expected
     assert warned
     assert warned[0].startswith("16 images do not fit into the memory of device 'cpu', so 8 are captioned at once")
