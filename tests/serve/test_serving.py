@@ -159,6 +159,12 @@ def test_the_largest_body_passes_and_its_content_decides(server: Server) -> None
     assert server.post(padded).status == 200
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/v1/models"])
+def test_monitors_may_ask_with_head(server: Server, path: str) -> None:
+    got = ask(server.port, "HEAD", path)
+    assert (got.status, got.body) == (200, b"")
+
+
 def test_a_kept_connection_serves_again_and_again(server: Server) -> None:
     request = b"POST /v1/caption HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n%s\r\n" + IMAGES[1]
     size = len(IMAGES[1])
