@@ -21,8 +21,8 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 def run_job(name: str, presets: dict[str, Any], function: str, args: list[str] | None = None) -> NoReturn:
     """Parses [PRESET] --flags over the presets' dataclass, calls `function` ("module:name") with it, and exits.
 
-    Exit codes: 0 done, 1 failed, 2 the command cannot work as given, 75 a storage stopped answering half way. They are also in <out>/status.json, because
-    `ray job submit` turns every failure into 1.
+    Exit codes: 0 done, 1 failed, 2 the command cannot work as given, 75 a storage stopped answering half way. They are
+    also in <out>/status.json, because `ray job submit` turns every failure into 1.
     """
     config = parse(name, presets, sys.argv[1:] if args is None else args)
     out: str | None = None

@@ -118,7 +118,8 @@ def connect(*, num_cpus: int, num_gpus: int = 0, need: str) -> None:
     num_cpus, num_gpus: what the job needs at once; need: the same in words, for the message.
     Raises UserError at once if nothing answers at the address or the cluster is too small.
     """
-    if not ray.is_initialized():
+    is_first = not ray.is_initialized()
+    if is_first:
         _quiet()
         address = os.environ.get("RAY_ADDRESS") or _ADDRESS
         if address == "local":
@@ -132,9 +133,9 @@ def connect(*, num_cpus: int, num_gpus: int = 0, need: str) -> None:
                 _probe(address)
             _init(address=address)
         _stop_in_order()
-        _preflight(num_cpus, num_gpus, need)
-        _say_what_is_in_use(num_cpus, need)
     _preflight(num_cpus, num_gpus, need)
+    if is_first:
+        _say_what_is_in_use(num_cpus, need)
 
 
 def use_gpus(device: str, wanted: int, flag: str, num_gpus: float = 1.0) -> bool:

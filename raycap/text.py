@@ -86,18 +86,14 @@ def train_wordpiece(captions: Iterable[str], max_words: int = 30_000) -> Tokeniz
     characters = sorted({character for word in counts for character in word})
     words = sorted(counts, key=lambda word: (-counts[word], word))[:max_words]
     pieces = [PAD, UNK, CLS, SEP, MASK, *characters, *(f"##{c}" for c in characters), *words, DEC, ENC]
-    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
-    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token=UNK))
-    tokenizer.normalizer = normalizer
-    tokenizer.pre_tokenizer = pre_tokenizer
-    tokenizer.decoder = decoders.WordPiece(cleanup=True)
+    tokenizer = _wordpiece(list(dict.fromkeys(pieces)), lowercase=True)
     # tokenize() does without it; it is what others who load the folder expect of a BERT tokenizer.
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{CLS} $A {SEP}",
         pair=f"{CLS} $A {SEP} $B:1 {SEP}:1",
-        special_tokens=[(CLS, vocab[CLS]), (SEP, vocab[SEP])],
+        special_tokens=[(name, tokenizer.token_to_id(name)) for name in (CLS, SEP)],
     )
-    tokenizer.add_special_tokens([PAD, UNK, CLS, SEP, MASK, DEC, ENC])
+    tokenizer.add_special_tokens([DEC, ENC])
     return tokenizer
 
 

@@ -158,7 +158,6 @@ class _Reader:
         self._root = root
         self._looked = False  # whether the root was found well after an image could not be read
         self._access = storage.AccessWatch()
-        self._refused, self._last = 0, None  # type: tuple[int, EntryError | None]  # images of the slice
 
     def slices(self, entries: Sequence[Entry]) -> Iterator[list[bytes | ImageError]]:
         """Bytes or error of each image, in order, in slices."""
@@ -177,10 +176,7 @@ class _Reader:
         begun = time.perf_counter()
         each = threads.map(self._read, entries) if storage.is_url(self._root) else map(self._read, entries)
         result = list(each)
-        if self._refused >= len(result) > 1:
-            assert self._last is not None
-            raise storage.lost(self._last)
-        self._refused = 0
+        self._access.check_all(len(result))
         self.read_s += time.perf_counter() - begun
         return result
 
@@ -194,9 +190,7 @@ class _Reader:
             return data
         except EntryError as error:
             self._look(error)
-            if storage.is_refused(error):
-                self._access.check(error)
-                self._refused, self._last = self._refused + 1, error
+            self._access.check(error)
             return ImageError(ErrorKind.UNREADABLE, str(error))
 
     def _look(self, error: EntryError) -> None:

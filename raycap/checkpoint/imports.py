@@ -38,7 +38,7 @@ from raycap.checkpoint.originals import (
     retrieval_from_salesforce,
 )
 from raycap.checkpoint.published import local_folder, published_spec, refuse_adapter
-from raycap.checkpoint.retrieval import load_scorer, save_scorer, scorer_spec
+from raycap.checkpoint.retrieval import ScorerSpec, load_scorer, save_scorer, scorer_spec
 from raycap.checkpoint.sealed import save_checkpoint
 from raycap.checkpoint.spec import CheckpointSpec, check_spec
 from raycap.checkpoint.towers import read_gpt2, read_vision_tower
@@ -179,10 +179,7 @@ def _import_scorer(weights: Weights, config: ImportConfig, say: Say) -> None:
         say(f"left out {len(dropped)} tensors that only training needs (first: {dropped[0]})")
     tokenizer = _berts(config, given["text_config"])
     image = ImageSpec(size=given["vision_config"]["image_size"])
-    spec = scorer_spec(given, tokenizer, image, config.weights)
-    load_scorer(spec, converted, config.weights)
-    save_scorer(config.out, spec, converted)
-    say(f"wrote {config.out}: a scorer of images and texts, for raycap.Scorer and transformers; it captions nothing")
+    _write_scorer(scorer_spec(given, tokenizer, image, config.weights), converted, config, say)
 
 
 def _published_scorer(folder: Path, weights: Weights, config: ImportConfig, say: Say) -> None:
@@ -190,6 +187,10 @@ def _published_scorer(folder: Path, weights: Weights, config: ImportConfig, say:
     _accept(config, "the weights of a scorer's folder")
     given = read_json(folder / "config.json", str(folder))
     spec = scorer_spec(given, load_tokenizer(str(folder)), read_image_spec(folder, str(folder))[1], str(folder))
+    _write_scorer(spec, weights, config, say)
+
+
+def _write_scorer(spec: ScorerSpec, weights: Weights, config: ImportConfig, say: Say) -> None:
     load_scorer(spec, weights, config.weights)
     save_scorer(config.out, spec, weights)
     say(f"wrote {config.out}: a scorer of images and texts, for raycap.Scorer and transformers; it captions nothing")

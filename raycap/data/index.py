@@ -1,7 +1,8 @@
 """Shards that have no manifest, img2dataset's above all, are indexed once, with Ray, into another folder:
 
 1. one listing says which files are shards; a folder without any is refused
-2. one Ray task per shard, or this process where they are small, reads it, and commits `_index/<shard>.<version>.json` below the index folder
+2. one Ray task per shard, or this process where they are small, reads it, and commits `_index/<shard>.<version>.json`
+   below the index folder
 3. the indexes become manifest.parquet there: of samples with one key in two shards the later one is left out
 
 Killed anywhere and run again, it indexes the shards that are missing. The folder of shards is only read.

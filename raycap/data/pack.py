@@ -142,12 +142,11 @@ def describe_kinds(kinds: Counter[str]) -> str:
 
 def _read_unit(unit: Unit, shrink: Shrink | None) -> list[Sample | Skip]:
     num_threads = READ_THREADS if any(storage.is_url(ref.url) for ref in unit.refs) else 1
-    access, refused = storage.AccessWatch(), list[StorageError]()
+    access = storage.AccessWatch()
     with ThreadPoolExecutor(num_threads) as pool:
         numbers = range(len(unit.refs))
-        found = list(pool.map(lambda i: _read(unit.refs[i], i in unit.repeated, shrink, access, refused), numbers))
-    if len(refused) == len(found) > 1:
-        raise storage.lost(refused[0])
+        found = list(pool.map(lambda i: _read(unit.refs[i], i in unit.repeated, shrink, access), numbers))
+    access.check_all(len(found))
     return found
 
 
@@ -156,10 +155,7 @@ def _read_again(unit: RunUnit, shrink: Shrink | None) -> list[Sample | Skip]:
     return [_finish(s, shrink) if isinstance(s, Sample) else (printable(s.key), s.kind) for s in found]
 
 
-def _read(
-    ref: SampleRef, repeated: bool, shrink: Shrink | None, access: storage.AccessWatch, refused: list[StorageError]
-) -> Sample | Skip:
-    """refused: is told of what access was refused to."""
+def _read(ref: SampleRef, repeated: bool, shrink: Shrink | None, access: storage.AccessWatch) -> Sample | Skip:
     key = printable(ref.key)
     if repeated:
         return key, SampleErrorKind.DUPLICATE_KEY
@@ -173,9 +169,7 @@ def _read(
     except StorageError as error:
         if not storage.is_fault_of_file(error):
             raise
-        if storage.is_refused(error):
-            access.check(error)
-            refused.append(error)
+        access.check(error)
         return key, ErrorKind.UNREADABLE
     ext = PurePosixPath(ref.url).suffix.removeprefix(".")
     return _finish(Sample(key=ref.key, image=data, ext=ext, captions=ref.captions, image_id=ref.image_id), shrink)

@@ -2,7 +2,8 @@
 
 1. read the annotations; order the samples by a hash of (seed, key), so that neighbours in a shard are random
 2. claim the output with the plan `_index/plan.json`; another data set, seed, shard or image size is refused
-3. one Ray task per missing shard, or this process where few samples are missing: read its images, pack, commit `shard-00000.tar`, then `_index/shard-00000.json`
+3. one Ray task per missing shard, or this process where few samples are missing: read its images, pack, commit
+   `shard-00000.tar`, then `_index/shard-00000.json`
 4. gather the indexes, write report.json, and seal the folder with manifest.parquet
 
 The bytes depend on the data set and on the plan alone: not on the order of the annotations, nor on how many tasks work.

@@ -83,9 +83,11 @@ def keys_of(names: Collection[str]) -> dict[str, str]:
 def locate(
     names: Collection[str], present: Collection[str], images: str, *, by_last_part: bool = False
 ) -> dict[str, str]:
-    """name -> path below the folder or URL `images`, of the names that are there in one of the forms that annotations have: as it
-    is, with backslashes, as an absolute path below `images`, below the folder that `images` ends with, or as the last part of a
-    path or URL of somebody else; by_last_part: of any name. Raises UserError for two such names of which nothing but the last part is the same.
+    """name -> path below the folder or URL `images`, of the names that are there in one of the forms that annotations
+    have: as it is, with backslashes, as an absolute path below `images`, below the folder that `images` ends with, or as
+    the last part of a path or URL of somebody else; by_last_part: of any name.
+
+    Raises UserError for two such names of which nothing but the last part is the same.
     """
     found: dict[str, str] = {}
     guessed: dict[str, str] = {}  # path -> the name whose last part it is

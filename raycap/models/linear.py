@@ -35,9 +35,9 @@ USES_ONEDNN = (
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """As torch's function, which calls MKL, or by oneDNN where that is known to be faster.
 
-    oneDNN takes half the time on AMD's processors with AVX-512 (tests/bench/LOG.md); results differ by rounding. With AVX2 alone the two are equal, and
-    for a few rows the way to oneDNN and back costs what it saves. Where a graph is recorded torch's stays: with oneDNN's
-    gradients the losses under DeepSpeed's ZeRO 2 were others.
+    oneDNN takes half the time on AMD's processors with AVX-512 (tests/bench/LOG.md); results differ by rounding. With
+    AVX2 alone the two are equal, and for a few rows the way to oneDNN and back costs what it saves. Where a graph is
+    recorded torch's stays: with oneDNN's gradients the losses under DeepSpeed's ZeRO 2 were others.
     """
     is_float32 = input.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     is_large = input.ndim > 1 and input.numel() * len(weight) >= ONEDNN_FROM

@@ -32,10 +32,8 @@ OUR_PATHS = frozenset({"/v1/caption", "/v1/models", "/healthz", "/readyz", "/ope
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})  # need no token and no room: an orchestrator asks them under load
 RETRY_AFTER_S = 1
 BODIES_ARRIVING = 8  # all unfinished and waiting bodies together hold at most so many times the largest one
-SMALL_BYTES, SMALL_ROOM = (
-    2**20,
-    64 * 2**20,
-)  # bodies declared to be no larger have room of their own, whoever uploads what
+SMALL_BYTES = 2**20  # bodies declared to be no larger have room of their own, whoever uploads what
+SMALL_ROOM = 64 * 2**20
 STALL_S = 1.0  # a body of which nothing came for so long loses its room to one that comes
 LINGER_S = 5.0  # how long a refused client may finish sending; a socket closed at once would lose it the answer
 CLIENT_GONE = 499  # nginx's number; counted, never sent
@@ -197,7 +195,6 @@ class Door:
             ) from None
         if not open_to_all:
             self._check_room()
-        if not open_to_all:
             self._hold(1)
             reply.before_last = lambda: self._hold(-1)  # a client that has its answer may ask again at once
         try:

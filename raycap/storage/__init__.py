@@ -8,12 +8,12 @@ and endpoint come from the environment only (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCES
 RAYCAP_S3_ANONYMOUS=1 none are used, with RAYCAP_S3_REQUESTER_PAYS=1 the reader pays.
 """
 
-from raycap.storage.entry import AccessWatch, Entry, EntryError, lost
+from raycap.storage.entry import Entry, EntryError
 from raycap.storage.files import (
+    AccessWatch,
     exists,
     is_fault_of_file,
     is_lfs_pointer,
-    is_refused,
     is_url,
     join,
     put,
@@ -38,13 +38,11 @@ __all__ = [
     "has_files",
     "is_fault_of_file",
     "is_lfs_pointer",
-    "is_refused",
     "is_url",
     "iter_names",
     "join",
     "list_entries",
     "list_files",
-    "lost",
     "put",
     "put_new",
     "read_bytes",

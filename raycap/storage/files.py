@@ -1,7 +1,7 @@
 """One file at an absolute path or an s3:// URL: look up, read, create once, replace, remove."""
 
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -157,12 +157,52 @@ def is_lfs_pointer(head: bytes) -> bool:
     return head.startswith(b"version https://git-lfs.github.com/spec/")
 
 
-def is_refused(error: StorageError) -> bool:
+def _is_refused(error: StorageError) -> bool:
     """Whether access to the file was refused, or the disk failed: its neighbours may be no better off."""
     cause = error.__cause__
     if isinstance(cause, OSError):
         return cause.errno in (errno.EACCES, errno.EPERM, errno.EIO)
     return isinstance(cause, Exception) and s3.CHANGED_CODES.get(s3.error_code(cause)) == FORBIDDEN
+
+
+class AccessWatch:
+    """Tells one file that access is refused to from a storage that refuses all: what could be read is read once more.
+
+    Without it a role that expires half way would be taken for thousands of bad files. Any thread may call it.
+    """
+
+    def __init__(self) -> None:
+        self._again: Callable[[], object] | None = None
+        self._refused: list[StorageError] = []
+
+    def worked(self, again: Callable[[], object]) -> None:
+        """Notes a read that succeeded. again: does it once more."""
+        self._again = again
+
+    def check(self, error: StorageError) -> None:
+        """Notes a failed read. Raises StorageError if access was refused, and is now to what could be read before, too."""
+        if not _is_refused(error):
+            return
+        self._refused.append(error)
+        if self._again is None:
+            return
+        try:
+            self._again()
+        except StorageError as second:
+            if _is_refused(second):
+                raise _lost(error) from second
+            if not is_fault_of_file(second):
+                raise
+
+    def check_all(self, num_files: int) -> None:
+        """Raises StorageError if access was refused to every one of the last num_files, more than one; then starts anew."""
+        refused, self._refused = self._refused, []
+        if len(refused) >= num_files > 1:
+            raise _lost(refused[-1])
+
+
+def _lost(error: StorageError) -> StorageError:
+    return StorageError(f"{error}, and so is access to other files there; restore it and run the same command again")
 
 
 def put_new(url: str, data: bytes) -> bool:

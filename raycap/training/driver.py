@@ -40,9 +40,9 @@ NEUTRAL_FIELDS = (
     "log_every",
     "checkpoint_every",
 )
+FREE_FIELDS = (*NEUTRAL_FIELDS, "lr", "clip_norm")
 WORD_SHARDS, WORD_SAMPLES = 8, 32  # whose captions are shown to the tokenizer before a run starts
 MAX_UNKNOWN = 0.1  # of their tokens; names and emoji of real captions are under one in a hundred
-FREE_FIELDS = (*NEUTRAL_FIELDS, "lr", "clip_norm")
 
 
 def train_captioner(config: TrainConfig) -> None:

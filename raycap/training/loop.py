@@ -26,8 +26,8 @@ DIGEST_BITS = 40  # sums of a few thousand stay exact in fp64
 class Position:
     """Where a run stands: what a checkpoint saves beside weights and optimizer state.
 
-    step: optimizer steps done. num_workers: that write its state, 0 where that is not known. skipped: samples by error kind, one in several epochs several times. skipped_keys: the first
-    of them, key -> kind.
+    step: optimizer steps done. num_workers: that write its state, 0 where that is not known. skipped: samples by error
+    kind, one in several epochs several times. skipped_keys: the first of them, key -> kind.
     """
 
     step: int = 0

@@ -159,9 +159,7 @@ def test_special_tokens_are_read_from_every_place_that_names_them_and_a_word_tha
 def test_pickled_weights_of_a_folder_whole_or_in_parts_come_in_through_the_import(tmp_path: Path, parts: int) -> None:
     folder = write_family(tmp_path / "published", "blip", sealed=False)
     expected = captions(folder)
-    weights = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    pickle_weights(folder, weights, parts)
+    pickle_weights(folder, parts)
     with pytest.raises(CheckpointError, match=r"convert it: jobs/import_weights.py --weights .*published --out FOLDER"):
         Captioner.load(str(folder))
     import_weights(ImportConfig(weights=str(folder), out=str(tmp_path / "out")), say=lambda _: None)
@@ -183,9 +181,7 @@ def test_a_scorer_with_pickled_weights_comes_in_through_the_import(tmp_path: Pat
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(whole / name, folder)
     expected = Scorer.load(str(folder)).score(png_images(2), [["two dogs"], ["a red cat"]])
-    weights = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    pickle_weights(folder, weights, parts)
+    pickle_weights(folder, parts)
     with pytest.raises(CheckpointError, match=r"convert it: jobs/import_weights.py --weights .*scorer"):
         Scorer.load(str(folder))
     import_weights(ImportConfig(weights=str(folder), out=str(tmp_path / "out")), say=lambda _: None)
@@ -198,7 +194,10 @@ def test_a_folder_that_needs_no_import_says_where_it_goes(tmp_path: Path) -> Non
         import_weights(ImportConfig(weights=str(folder), out=str(tmp_path / "out")))
 
 
-def pickle_weights(folder: Path, weights: dict[str, torch.Tensor], parts: int) -> None:
+def pickle_weights(folder: Path, parts: int) -> None:
+    """Its safetensors become files from before them."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
     if parts == 1:
         torch.save(weights, folder / "pytorch_model.bin")
         return

@@ -25,7 +25,7 @@ from raycap.checkpoint import export_weights, open_checkpoint, save_checkpoint
 from raycap.cluster import gpus_for
 from raycap.config import CaptionBucketConfig
 from raycap.decode_pool import DecodePool
-from raycap.errors import EXIT_USER_MISTAKE, CheckpointError, StorageError, UserError
+from raycap.errors import EXIT_USER_MISTAKE, CheckpointError, StorageError, StorageOutage, UserError
 from raycap.schema import Candidate, CaptionResult, DecodeSettings, ImageSpec, caption_schema
 
 ODD_KEYS = ("a b+c%20d.png", "line\nbreak.png", "n\u0303o.png", "\u00f1o.png", "q?x#y.png", "ü/日本.PNG", "'\"\\.png")
@@ -216,6 +216,44 @@ def test_access_that_is_lost_half_way_ends_the_run_and_a_few_refused_images_are_
     refuse_reads(monkeypatch, lambda path: path.endswith(tuple(names)))
     with pytest.raises(StorageError, match="access to other files there"):
         unit.prepare_unit(job, 1, plan.rows_of(job, manifest, 1), pool)
+
+
+@pytest.mark.parametrize("change", ["gone", "replaced"])
+def test_an_image_that_is_no_longer_there_does_not_make_a_refused_one_lost_access(
+    job: Job, pool: DecodePool, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    names = write_images(job, 4)
+    manifest = make_manifest(job)
+
+    def refuse_last(path: str) -> bool:
+        refuses = path.endswith(names[3])
+        if refuses and change == "gone":
+            Path(job.images, names[2]).unlink(missing_ok=True)
+        elif refuses:
+            Path(job.images, names[2]).write_bytes(b"another")
+        return refuses
+
+    refuse_reads(monkeypatch, refuse_last)
+    rows = unit.prepare_unit(job, 0, plan.rows_of(job, manifest, 0), pool).rows
+    assert [row["error_kind"] for row in rows] == [None, None, None, "unreadable"]
+
+
+def test_a_storage_that_stops_answering_after_a_refused_file_is_an_outage_and_no_lost_access(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(job, 1)
+    (entry,) = storage.list_entries(job.images)
+    refuse_reads(monkeypatch, lambda path: path.endswith(entry.name))
+    with pytest.raises(storage.EntryError) as refused:
+        storage.read_entry(job.images, entry)
+
+    def stop() -> bytes:
+        raise StorageOutage("the storage stopped answering")
+
+    watch = storage.AccessWatch()
+    watch.worked(stop)
+    with pytest.raises(StorageOutage, match="stopped answering"):
+        watch.check(refused.value)
 
 
 def test_more_unreadable_images_than_the_rate_allows_are_no_success() -> None:

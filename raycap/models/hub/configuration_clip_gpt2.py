@@ -52,10 +52,8 @@ class ClipGpt2Config(PretrainedConfig):
         self.freeze_vision = freeze_vision
         self.freeze_text = freeze_text
         self._check()
-        if (
-            kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
-            != self.text_config.tie_word_embeddings
-        ):
+        is_tied = self.text_config.tie_word_embeddings
+        if kwargs.setdefault("tie_word_embeddings", is_tied) != is_tied:
             raise ValueError("tie_word_embeddings and text_config.tie_word_embeddings differ; give both the same value")
         for role in ("bos_token_id", "eos_token_id", "pad_token_id"):  # where generate() looks for them
             kwargs.setdefault(role, getattr(self.text_config, role))
